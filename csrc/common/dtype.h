@@ -1,0 +1,27 @@
+// Element types, as data: what a params.h can say about a tensor without templates and without torch.
+#pragma once
+#include <cstdint>
+
+namespace seqkern {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Sums and states: fp32, or fp64 for fp64 data.
+constexpr DType accumulator(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+// A contiguous tensor whose element type the kernel reads at run time: parameters and states, which are small and
+// may differ from the data in dtype. `data == nullptr` means absent.
+struct Array {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+
+  constexpr explicit operator bool() const { return data != nullptr; }
+};
+
+}  // namespace seqkern

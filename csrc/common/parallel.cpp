@@ -1,0 +1,11 @@
+#include "common/parallel.h"
+
+#include <torch/csrc/stable/ops.h>
+
+namespace seqkern {
+
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  torch::stable::parallel_for(begin, end, grain, [=](int64_t b, int64_t e) { body(b, e, context); });
+}
+
+}  // namespace seqkern

@@ -1,0 +1,12 @@
+"""Hand-written kernels for recurrent sequence models, for CPU and CUDA, as differentiable PyTorch functions."""
+
+from importlib.metadata import version
+
+from . import ops, reference
+from ._config import batch_invariant
+from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+
+__version__ = version("seqkern")
+__all__ = ["__version__", "batch_invariant", "causal_conv1d", "causal_conv1d_step", "reference"]
+
+ops.register("seqkern")

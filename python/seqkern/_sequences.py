@@ -1,0 +1,37 @@
+"""How the tokens of a batch form sequences, in plain Python: what the reference implementations iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+
+
+class Run(NamedTuple):
+    """Tokens [begin, end) of batch row b; `initial` and `final` are rows of the states, None where there is none."""
+
+    b: int
+    begin: int
+    end: int
+    initial: int | None
+    final: int | None
+
+
+def runs(B: int, L: int, cu_seqlens: torch.Tensor | None, seq_idx: torch.Tensor | None, reverse: bool) -> Iterator[Run]:
+    """The sequences of a batch without padding; every state row is the `final` of exactly one of them."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        for n, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            yield Run(0, begin, end, n, n)
+    elif seq_idx is not None:
+        for b, ids in enumerate(seq_idx.tolist()):
+            spans = [(g[0], g[-1] + 1) for i, g in ((i, list(g)) for i, g in groupby(range(L), ids.__getitem__)) if i >= 0]
+            spans = spans or [(0, 0)]
+            first, last = (-1, 0) if reverse else (0, -1)
+            for span in spans:
+                yield Run(b, *span, b if span == spans[first] else None, b if span == spans[last] else None)
+    else:
+        for b in range(B):
+            yield Run(b, 0, L, b, b)

@@ -1,0 +1,412 @@
+"""Depthwise causal convolution over time, the short filter in front of Mamba, GLA, DeltaNet and Hyena layers.
+
+Equations (the tags stand beside the code in csrc/causal_conv1d):
+
+    [conv]   pre_t = bias + sum_j weight_j x_{t - (W-1-j) dilation},   y_t = pre_t or silu(pre_t)
+    [state]  x_{-S} .. x_{-1} is the initial state, x_{L-S} .. x_{L-1} the final state,   S = (W-1) dilation
+    [dx]     dx_t = sum_j weight_j dpre_{t + (W-1-j) dilation},        dpre_t = dy_t or dy_t silu'(pre_t)
+    [dw]     dweight_j = sum_t dpre_t x_{t - (W-1-j) dilation},        dbias = sum_t dpre_t
+
+Without the activation the map is linear in x, state and bias and linear in weight, so its second derivatives are the
+same two kernels again: `_Conv` and `_ConvBackward` below call each other and differentiate to any order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._load import library
+from .._sequences import runs
+from .._torch import accumulator, autocast_operands, forbid_grad, needs_graph
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+    dilation: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Depthwise causal convolution, with optional SiLU.
+
+    .. math:: y_t = \mathrm{act}\Big(bias + \sum_{j=0}^{W-1} weight_j \; x_{t-(W-1-j)\,dilation}\Big)
+
+    Args:
+        x: (B, D, L), float32, bfloat16, float16 or float64. Contiguous time and contiguous channels are both native;
+            any other layout is copied. The output has the memory order of x.
+        weight: (D, W), W from 1 to 64, any of these dtypes. The last column multiplies the current token.
+        bias: (D,) or None.
+        activation: None, "silu" or "swish".
+        initial_state: (N, D, S) with S = (W - 1) * dilation: the S tokens before the sequence, oldest first; None is
+            zeros. N is B, or the number of sequences in cu_seqlens.
+        return_final_state: also return the last S tokens (with the initial state's where the sequence is shorter).
+        cu_seqlens: (N + 1,) int32 or int64: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] of a batch of one.
+        seq_idx: (B, L) int32: in each row every maximal run of one id is a sequence, ids below 0 are padding with zero
+            output and zero gradient. The initial state enters the row's first sequence, the final state follows its
+            last token that is not padding. Not together with cu_seqlens.
+        reverse: run from the last token to the first; the state enters at token L - 1.
+        dilation: distance between taps.
+
+    Returns:
+        y (B, D, L) in the dtype of x; with return_final_state, (y, final_state), the state (N, D, S) in float32
+        (float64 for float64 data).
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit, named with what was expected. Values of cu_seqlens are
+            checked on the CPU, and on CUDA where SEQKERN_CHECK=1 is set; else they are clamped there.
+        ValueError: an unknown activation.
+
+    Sums run in float32 (float64 for float64 data) in a fixed order: results and gradients repeat bitwise, and a
+    sequence gives the same bits alone, batched or packed. Gradients of every tensor argument, of any order, and
+    forward mode are exact. Under autocast x and weight are cast. See Mamba [2312.00752 sec. 3.4].
+
+    Example:
+        >>> import torch, seqkern
+        >>> x, weight = torch.randn(2, 8, 16), torch.randn(8, 4)
+        >>> y, state = seqkern.causal_conv1d(x, weight, activation="silu", return_final_state=True)
+        >>> y.shape, state.shape
+        (torch.Size([2, 8, 16]), torch.Size([2, 8, 3]))
+    """
+    silu = _is_silu("causal_conv1d", activation)
+    x, weight = autocast_operands(x, weight)
+    tensors = (x, weight, bias, initial_state)
+    args = (*tensors, cu_seqlens, seq_idx, silu, dilation, reverse, return_final_state)
+    if torch.compiler.is_compiling() or not needs_graph(*tensors):
+        outputs = library.ops.causal_conv1d_fwd(*args)
+    else:
+        outputs = _Conv.apply(*args)
+    return tuple(outputs) if return_final_state else outputs[0]
+
+
+def causal_conv1d_step(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    dilation: int = 1,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """The next tokens of a running convolution: reads the state, returns their outputs, moves the state on in place.
+
+    Args:
+        x: (B, D), one token for each row, or (B, D, T), several.
+        conv_state: (R, D, S') with S' >= S = (W - 1) * dilation, any strides, any floating dtype, updated in place: its
+            columns are the latest S' tokens, oldest first, of which the newest S are read.
+        weight, bias, activation, dilation: as in `causal_conv1d`.
+        state_indices: (B,) int32 or int64: the row of conv_state of each row of x. Negative rows are skipped: their
+            output is zero and no state changes. No row may be named twice. None: row b for b, and R = B.
+
+    Returns:
+        y in the shape and dtype of x.
+
+    Raises:
+        RuntimeError: a shape, dtype or device that does not fit; an input that requires a gradient in grad mode.
+        ValueError: an unknown activation.
+
+    Example:
+        >>> import torch, seqkern
+        >>> x, weight = torch.randn(2, 8, 5), torch.randn(8, 4)
+        >>> y, state = seqkern.causal_conv1d(x[..., :4], weight, return_final_state=True)
+        >>> last = seqkern.causal_conv1d_step(x[..., 4], state, weight)
+        >>> torch.allclose(last, seqkern.causal_conv1d(x, weight)[..., 4], atol=1e-6)
+        True
+    """
+    silu = _is_silu("causal_conv1d_step", activation)
+    forbid_grad("causal_conv1d_step", x=x, conv_state=conv_state, weight=weight, bias=bias)
+    x, weight = autocast_operands(x, weight)
+    return library.ops.causal_conv1d_step(x, conv_state, weight, bias, state_indices, silu, dilation)
+
+
+def _is_silu(op: str, activation: str | None) -> bool:
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f'{op}: activation must be None, "silu" or "swish", got {activation!r}')
+    return activation is not None
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    reverse: bool = False,
+    dilation: int = 1,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`causal_conv1d` in plain torch, one sequence after another, in the widest dtype of its arguments."""
+    (B, D, L), W = x.shape, weight.shape[1]
+    S = (W - 1) * dilation
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    states = x.new_zeros(N, D, S, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    rows, finals = [[] for _ in range(B)], [None] * N
+    for run in runs(B, L, cu_seqlens, seq_idx, reverse):
+        tokens = x[run.b, :, run.begin : run.end].to(dtype)
+        tokens = tokens.flip(-1) if reverse else tokens
+        state = x.new_zeros(D, S, dtype=dtype) if run.initial is None else states[run.initial]
+        history = torch.cat([state, tokens], dim=1)
+        n = tokens.shape[1]
+        pre = sum(weight[:, j : j + 1].to(dtype) * history[:, j * dilation : j * dilation + n] for j in range(W))
+        pre = pre if bias is None else pre + bias[:, None].to(dtype)
+        y = torch.nn.functional.silu(pre) if _is_silu("causal_conv1d", activation) else pre
+        rows[run.b].append((run.begin, y.flip(-1) if reverse else y))
+        if run.final is not None:
+            finals[run.final] = history[:, n:]
+    y = torch.stack([_place(pieces, x.new_zeros(D, L, dtype=dtype)) for pieces in rows]) if B else x.to(dtype)
+    y = y.to(x.dtype)
+    final_state = torch.stack(finals) if N else states
+    return (y, final_state.to(accumulator(x.dtype))) if return_final_state else y
+
+
+def _place(pieces: list[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
+    """(D, L): the pieces at their places, zeros between them."""
+    parts, end = [], 0
+    for begin, piece in sorted(pieces, key=lambda piece: piece[0]):
+        parts += [zeros[:, end:begin], piece]
+        end = begin + piece.shape[1]
+    return torch.cat([*parts, zeros[:, end:]], dim=1)
+
+
+def reference_step(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    dilation: int = 1,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """`causal_conv1d_step` in plain torch."""
+    tokens = x[..., None] if x.dim() == 2 else x
+    S = (weight.shape[1] - 1) * dilation
+    y = torch.zeros_like(tokens)
+    for b, row in enumerate(range(len(x)) if state_indices is None else state_indices.tolist()):
+        if row >= 0:
+            state = conv_state[row]
+            initial = state[None, :, state.shape[1] - S :]
+            y[b] = reference(tokens[b : b + 1], weight, bias, activation, initial_state=initial, dilation=dilation)[0]
+            state.copy_(torch.cat([state, tokens[b].to(state.dtype)], dim=1)[:, tokens.shape[2] :])
+    return y[..., 0] if x.dim() == 2 else y
+
+
+class _Conv(torch.autograd.Function):
+    """(x, weight, bias, initial_state), packing and options -> (y[, final_state])."""
+
+    @staticmethod
+    def forward(*args):
+        return tuple(library.ops.causal_conv1d_fwd(*args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.silu, ctx.dilation, ctx.reverse, ctx.return_final_state = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dy, dfinal_state=None):
+        x, weight, bias, initial_state, cu_seqlens, seq_idx = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
+        primals = (dy, dfinal_state, x, weight, bias, initial_state)
+        args = (*primals, cu_seqlens, seq_idx, ctx.silu, ctx.dilation, ctx.reverse)
+        if needs_graph(*primals):
+            grads = _ConvBackward.apply(*args)
+        else:
+            grads = library.ops.causal_conv1d_bwd(*args)
+        return *_spread(grads, bias, initial_state), *[None] * 6
+
+    @staticmethod
+    def jvp(ctx, dx, dweight, dbias, dinitial_state, *_):
+        x, weight, bias, initial_state, *packing = ctx.saved_tensors
+        linear = _Linear(packing, ctx.dilation, ctx.reverse)
+        dpre = linear.tangent((x, weight, initial_state), (dx, dweight, dbias, dinitial_state))
+        dy = dpre * _silu_derivatives(linear.pre(x, weight, bias, initial_state))[0].to(x.dtype) if ctx.silu else dpre
+        if not ctx.return_final_state:
+            return (dy,)
+        dx = torch.zeros_like(x) if dx is None else dx
+        return dy, linear.final_state(dx, weight, dinitial_state)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_over_channels(_Conv, info, in_dims, args, num_tensors=4)
+
+
+class _ConvBackward(torch.autograd.Function):
+    """(dy, dfinal_state, x, weight, bias, initial_state), packing and options -> (dx, dweight[, dbias][, dinitial])."""
+
+    @staticmethod
+    def forward(*args):
+        return tuple(library.ops.causal_conv1d_bwd(*args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.silu, ctx.dilation, ctx.reverse = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        """With v the cotangents, the map is the gradient of phi = <dpre, pre> + <dfinal, final>, so v^T of its Jacobian
+        is the gradient of the directional derivative of phi along v. SiLU enters through dpre = dy silu'(pre)."""
+        dy, dfinal_state, x, weight, bias, initial_state, *packing = ctx.saved_tensors
+        linear = _Linear(packing, ctx.dilation, ctx.reverse)
+        vx, vweight, vbias, vinitial = _spread(cotangents, bias, initial_state)
+        vpre = linear.tangent((x, weight, initial_state), (vx, vweight, vbias, vinitial))
+        vx, vweight, vinitial = _zeros_where_none((vx, vweight, vinitial), (x, weight, initial_state))
+        g_dfinal = None if dfinal_state is None else linear.final_state(vx, weight, vinitial)
+        if ctx.silu:
+            pre = linear.pre(x, weight, bias, initial_state)
+            first, second = (d.to(x.dtype) for d in _silu_derivatives(pre))
+            dpre, g_dy = dy * first, vpre * first
+        else:
+            dpre, g_dy = dy, vpre
+        gx, gweight, _, ginitial = linear.backward(dpre, None, vx, vweight, None, vinitial)
+        gbias = None
+        if ctx.silu:
+            along_pre = linear.backward(vpre * dy * second, None, x, weight, bias, initial_state)
+            gx, gweight, gbias, ginitial = _add((gx, gweight, gbias, ginitial), along_pre)
+        return g_dy, g_dfinal, gx, gweight, gbias, ginitial, *[None] * 5
+
+    @staticmethod
+    def jvp(ctx, tdy, tdfinal, tx, tweight, tbias, tinitial, *_):
+        dy, dfinal_state, x, weight, bias, initial_state, *packing = ctx.saved_tensors
+        linear = _Linear(packing, ctx.dilation, ctx.reverse)
+        tdy = torch.zeros_like(dy) if tdy is None else tdy
+        if ctx.silu:
+            tpre = linear.tangent((x, weight, initial_state), (tx, tweight, tbias, tinitial))
+            first, second = (d.to(x.dtype) for d in _silu_derivatives(linear.pre(x, weight, bias, initial_state)))
+            tdy, dy = tdy * first + dy * second * tpre, dy * first
+        along_dy = linear.backward(tdy, tdfinal, x, weight, bias, initial_state)
+        tx, tweight, tinitial = _zeros_where_none((tx, tweight, tinitial), (x, weight, initial_state))
+        along_x = linear.backward(dy, None, tx, tweight, None, tinitial)
+        return tuple(t for t in _add(along_dy, along_x) if t is not None)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _vmap_over_channels(_ConvBackward, info, in_dims, args, num_tensors=6)
+
+
+class _Linear:
+    """The convolution without activation, and its transpose: differentiable pieces for derivatives of higher order."""
+
+    def __init__(self, packing, dilation, reverse):
+        self.options = (*packing, False, dilation, reverse)
+
+    def pre(self, x, weight, bias, initial_state):
+        return _Conv.apply(x, weight, bias, initial_state, *self.options, False)[0]
+
+    def final_state(self, x, weight, initial_state):
+        return _Conv.apply(x, weight, None, initial_state, *self.options, True)[1]
+
+    def tangent(self, primals, tangents):
+        """Directional derivative of pre, bilinear in (x, initial_state) and weight; None is zero."""
+        (x, weight, initial_state), (dx, dweight, dbias, dinitial_state) = primals, tangents
+        dx, dweight, dinitial_state = _zeros_where_none((dx, dweight, dinitial_state), primals)
+        return self.pre(dx, weight, dbias, dinitial_state) + self.pre(x, dweight, None, initial_state)
+
+    def backward(self, dpre, dfinal_state, x, weight, bias, initial_state):
+        args = (dpre, dfinal_state, x, weight, bias, initial_state)
+        return _spread(_ConvBackward.apply(*args, *self.options), bias, initial_state)
+
+
+def _spread(grads, bias, initial_state):
+    """(dx, dweight, dbias, dinitial_state) from the ones an operator returned; None for arguments that are None."""
+    rest = list(grads[2:])
+    return grads[0], grads[1], None if bias is None else rest.pop(0), None if initial_state is None else rest.pop(0)
+
+
+def _zeros_where_none(tangents, primals):
+    return tuple(
+        torch.zeros_like(p) if t is None and p is not None else t for t, p in zip(tangents, primals, strict=True)
+    )
+
+
+def _add(a, b):
+    return tuple(q if p is None else p if q is None else p + q for p, q in zip(a, b, strict=True))
+
+
+def _silu_derivatives(pre: Tensor) -> tuple[Tensor, Tensor]:
+    pre = pre.to(accumulator(pre.dtype))
+    s = torch.sigmoid(pre)
+    return s * (1 + pre * (1 - s)), s * (1 - s) * (2 + pre * (1 - 2 * s))
+
+
+def _vmap_over_channels(function, info, in_dims, args, num_tensors):
+    """Channels are independent: the mapped dimension joins them, and one call serves all. Only mapped packings loop."""
+    V = info.batch_size
+    if any(dim is not None for dim in in_dims[num_tensors:]):
+        calls = [
+            function.apply(*(a if dim is None else a.select(dim, v) for a, dim in zip(args, in_dims, strict=True)))
+            for v in range(V)
+        ]
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), tuple(0 for _ in calls[0])
+
+    def fold(tensor, dim, channels):
+        if tensor is None:
+            return None
+        tensor = tensor.unsqueeze(0).expand(V, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.movedim(0, channels).flatten(channels, channels + 1)
+
+    folded = [
+        fold(t, dim, channels=1 if t is not None and t.dim() - (dim is not None) == 3 else 0)
+        for t, dim in zip(args[:num_tensors], in_dims[:num_tensors], strict=True)
+    ]
+    outputs = function.apply(*folded, *args[num_tensors:])
+    channel_dims = [0 if t.dim() < 3 else 1 for t in outputs]
+    return tuple(t.unflatten(c, (V, -1)) for t, c in zip(outputs, channel_dims, strict=True)), tuple(channel_dims)
+
+
+def register(namespace: str) -> None:
+    """Shapes for tracing, and derivatives under torch.compile, of the operators in `namespace`."""
+    ops = getattr(torch.ops, namespace)
+
+    def like(x):
+        """Uninitialised, in the memory order that the kernels give the outputs for x (op.cpp: prefers_channels)."""
+        B, D, L = x.shape
+        channels, time = x.stride(1) == 1 or D == 1, x.stride(2) == 1 or L == 1
+        if channels and (not time or (L == 1 and D > 1)):
+            return x.new_empty(B, L, D).transpose(1, 2)
+        return x.new_empty(B, D, L)
+
+    def fwd(x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, dilation, reverse, return_final_state):
+        N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        S = (weight.shape[1] - 1) * dilation
+        state = [x.new_empty(N, x.shape[1], S, dtype=accumulator(x.dtype))] if return_final_state else []
+        return [like(x), *state]
+
+    def bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, dilation, reverse):
+        parameters = [t for t in (weight, bias, initial_state) if t is not None]
+        return [like(x), *(t.new_empty(t.shape) for t in parameters)]
+
+    def step(x, conv_state, weight, bias, state_indices, silu, dilation):
+        return x.new_empty(x.shape)
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.silu, ctx.dilation, ctx.reverse, _ = inputs
+        ctx.save_for_backward(*tensors)
+
+    def backward(ctx, grads):
+        dy, dfinal_state = (*grads, None)[:2]
+        x, weight, bias, initial_state, *packing = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
+        args = (dy, dfinal_state, x, weight, bias, initial_state, *packing, ctx.silu, ctx.dilation, ctx.reverse)
+        return *_spread(ops.causal_conv1d_bwd(*args), bias, initial_state), *[None] * 6
+
+    torch.library.register_fake(f"{namespace}::causal_conv1d_fwd", fwd)
+    torch.library.register_fake(f"{namespace}::causal_conv1d_bwd", bwd)
+    torch.library.register_fake(f"{namespace}::causal_conv1d_step", step)
+    torch.library.register_autograd(f"{namespace}::causal_conv1d_fwd", backward, setup_context=setup_context)

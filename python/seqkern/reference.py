@@ -1,0 +1,6 @@
+"""The recurrences in plain torch: same signatures, any dtype, differentiable, slow. What the kernels are tested against."""
+
+from .ops.causal_conv1d import reference as causal_conv1d
+from .ops.causal_conv1d import reference_step as causal_conv1d_step
+
+__all__ = ["causal_conv1d", "causal_conv1d_step"]
