@@ -23,8 +23,8 @@ inline constexpr int kWarpSize = 32;
 #if defined(SEQKERN_EMULATE)
 
 template <typename S>
-S& shared_memory() {
-  return *static_cast<S*>(simt::shared_memory(sizeof(S)));
+S& shared_memory(simt::Site where = simt::Site::current()) {
+  return *static_cast<S*>(simt::shared_memory(sizeof(S), where));
 }
 
 template <typename T>
@@ -32,6 +32,7 @@ T load_acquire(const T* address) {
   simt::count_read(address, sizeof(T));
   T value;
   __atomic_load(address, &value, __ATOMIC_ACQUIRE);
+  simt::after_acquire();
   return value;
 }
 

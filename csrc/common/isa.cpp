@@ -9,7 +9,18 @@ namespace {
 
 constexpr const char* kNames[] = {"generic", "avx2", "avx512"};
 
-Isa best() {
+Isa choose() {
+  const char* wanted = std::getenv("SEQKERN_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best_isa();
+  for (int i = 0; i <= static_cast<int>(best_isa()); ++i)
+    if (std::string(wanted) == kNames[i]) return static_cast<Isa>(i);
+  throw std::runtime_error(std::string("seqkern: SEQKERN_ISA must be one of generic, avx2, avx512 and supported by ") +
+                           "this processor (best: " + kNames[static_cast<int>(best_isa())] + "), got '" + wanted + "'");
+}
+
+}  // namespace
+
+Isa best_isa() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
@@ -20,24 +31,13 @@ Isa best() {
   return Isa::generic;
 }
 
-Isa choose() {
-  const char* wanted = std::getenv("SEQKERN_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best();
-  for (int i = 0; i <= static_cast<int>(best()); ++i)
-    if (std::string(wanted) == kNames[i]) return static_cast<Isa>(i);
-  throw std::runtime_error(std::string("seqkern: SEQKERN_ISA must be one of generic, avx2, avx512 and supported by ") +
-                           "this processor (best: " + kNames[static_cast<int>(best())] + "), got '" + wanted + "'");
-}
-
-}  // namespace
-
 Isa isa() {
   static const Isa chosen = choose();
   return chosen;
 }
 
-const char* isa_name() {
-  return kNames[static_cast<int>(isa())];
+const char* isa_name(Isa isa) {
+  return kNames[static_cast<int>(isa)];
 }
 
 }  // namespace seqkern

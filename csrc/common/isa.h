@@ -5,8 +5,9 @@ namespace seqkern {
 
 enum class Isa { generic, avx2, avx512 };
 
-Isa isa();               // throws if SEQKERN_ISA names an unknown or unsupported one
-const char* isa_name();  // "generic", "avx2", "avx512"
+Isa isa();                  // throws if SEQKERN_ISA names an unknown or unsupported one
+Isa best_isa();             // of this machine; those before it work here too
+const char* isa_name(Isa);  // "generic", "avx2", "avx512"
 
 template <class Kernels>
 const Kernels& select(const Kernels& generic, const Kernels& avx2, const Kernels& avx512) {

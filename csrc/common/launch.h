@@ -33,9 +33,8 @@ namespace detail {
 inline std::runtime_error launch_error(const Launch& how, const std::string& cause) {
   const Grid& g = how.grid;
   return std::runtime_error("seqkern: launch of " + std::string(how.name) + " failed: " + cause + " (grid " +
-                            std::to_string(g.x) + "x" + std::to_string(g.y) + "x" + std::to_string(g.z) +
-                            ", threads " + std::to_string(how.threads) + ", smem " +
-                            std::to_string(how.smem_bytes) + " bytes)");
+                            std::to_string(g.x) + "x" + std::to_string(g.y) + "x" + std::to_string(g.z) + ", threads " +
+                            std::to_string(how.threads) + ", smem " + std::to_string(how.smem_bytes) + " bytes)");
 }
 
 // The limits of every architecture from sm_80 on. Those that differ between devices are left to the driver.
@@ -56,8 +55,8 @@ void launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
   detail::check_limits(how);
   if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return;
   if (how.smem_bytes > simt::kMaxSharedBytes) {
-    throw detail::launch_error(how, "a block has at most " + std::to_string(simt::kMaxSharedBytes) +
-                                        " bytes of shared memory");
+    throw detail::launch_error(
+        how, "a block has at most " + std::to_string(simt::kMaxSharedBytes) + " bytes of shared memory");
   }
   std::tuple<Params...> copied(std::forward<Args>(args)...);
   const dim3 grid(static_cast<unsigned>(how.grid.x), static_cast<unsigned>(how.grid.y),

@@ -5,12 +5,13 @@
 namespace seqkern {
 
 // body(begin, end, context) over [begin, end) in pieces of at least `grain`; returns when all are done.
-void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                  void* context) noexcept;
 
 namespace {
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
-  parallel_for(
+  seqkern::parallel_for(
       begin, end, grain, [](int64_t b, int64_t e, void* context) { (*static_cast<const Body*>(context))(b, e); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }

@@ -6,28 +6,18 @@ from pathlib import Path
 
 import torch
 
-_CAUSES = """\
+_FAILURE = """\
+seqkern: the operator library could not be loaded
+Tried, with Python {python} and torch {torch}:
+{attempts}
 Likely causes:
-  torch too old     "undefined symbol": seqkern needs torch >= 2.11, and this is {torch}. Upgrade torch.
-  library missing   no _ops.so: this is a source tree that was not built, or the installation broke off.
-  broken build      "file too short", "invalid ELF header", or "undefined symbol: ...seqkern...": the build was cut short.
-  wrong machine     "wrong ELF class", "version `GLIBC...' not found", "cannot open shared object file": built for another
-                    processor or a newer Linux than this one ({machine}, {libc}).
-In the last three cases build it here: `pip install --force-reinstall --no-deps .` in seqkern's source folder
-(or `python3 tests/run.py` there, which sets up everything and runs the tests)."""
-
-
-def _failure(attempts: list[str]) -> ImportError:
-    facts = {
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "libc": " ".join(platform.libc_ver()),
-    }
-    tried = "\n".join(f"  {attempt}" for attempt in attempts)
-    return ImportError(
-        "seqkern: the operator library could not be loaded\n"
-        f"Tried, with Python {platform.python_version()} and torch {torch.__version__}:\n{tried}\n{_CAUSES.format(**facts)}"
-    )
+  torch too old     "undefined symbol: torch_..." or "aoti_torch_...": seqkern needs torch >= 2.11. Upgrade torch.
+  library missing   "no such file": the source tree was not built, or the installation broke off.
+  broken build      "file too short", "invalid ELF header", "undefined symbol: ...seqkern...": the build was cut short.
+  wrong machine     "wrong ELF class", "version `GLIBC_...' not found", "cannot open shared object file" although it is
+                    there: built for another processor, or for a newer Linux than this one ({machine}, {libc}).
+But for the first, build it here: `pip install --force-reinstall --no-deps .` in seqkern's source folder, or
+`python3 tests/run.py` there, which sets up everything and runs the tests."""
 
 
 def _load() -> Path:
@@ -42,8 +32,17 @@ def _load() -> Path:
             torch.ops.load_library(path)
             return path
         except OSError as error:
-            attempts.append(f"{path}: {error}")
-    raise _failure(attempts)
+            reason = str(error.__cause__ or error)  # the dynamic linker's own words, which begin with the path
+            attempts.append(reason if str(path) in reason else f"{path}: {reason}")
+    raise ImportError(
+        _FAILURE.format(
+            python=platform.python_version(),
+            torch=torch.__version__,
+            attempts="\n".join(f"  {attempt}" for attempt in attempts),
+            machine=platform.machine(),
+            libc=" ".join(platform.libc_ver()),
+        )
+    )
 
 
 class _Library:

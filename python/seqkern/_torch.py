@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 
 
@@ -11,8 +12,20 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
 
     It need not when nothing requires a gradient, no forward-mode level is open (a dual tensor has
     ``requires_grad=False``) and no torch.func transform is active: the raw operator is several times cheaper to call.
+    Nor under compilation, where a Function with a jvp does not trace: the raw operator has a registered backward.
     """
-    if forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():
+        if forward_ad._current_level >= 0:  # the registered operator would return tangents of zero
+            raise RuntimeError("seqkern: forward mode does not work under torch.compile; use it outside")
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if sum(transform.key() == TransformType.Jvp for transform in transforms) > 1:
+        # torch switches forward mode off inside a Function's jvp: the second tangent would silently be zero.
+        raise RuntimeError(
+            "seqkern: forward mode inside forward mode (jvp of jvp, jacfwd of jacfwd) is not supported; take one of the "
+            "derivatives in reverse mode, as torch.func.hessian does"
+        )
+    if transforms or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
@@ -26,6 +39,14 @@ def forbid_grad(op: str, **tensors: torch.Tensor | None) -> None:
                     f"{op}: {name} requires a gradient, but a step has none; call it under torch.no_grad() or detach "
                     f"{name}. For training use the function over whole sequences."
                 )
+
+
+def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
+    """What op.cpp checks of real tensors, for shape functions: torch calls those as soon as one tensor is "meta"."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor is not None and tensor.device != reference.device:
+            raise RuntimeError(f"{op}: {name} must be on the device of {first}; move it with .to({first}.device)")
 
 
 def autocast_operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._load import library
 from .._sequences import runs
-from .._torch import accumulator, autocast_operands, forbid_grad, needs_graph
+from .._torch import accumulator, autocast_operands, check_devices, forbid_grad, needs_graph
 
 
 def causal_conv1d(
@@ -78,10 +78,7 @@ def causal_conv1d(
     x, weight = autocast_operands(x, weight)
     tensors = (x, weight, bias, initial_state)
     args = (*tensors, cu_seqlens, seq_idx, silu, dilation, reverse, return_final_state)
-    if torch.compiler.is_compiling() or not needs_graph(*tensors):
-        outputs = library.ops.causal_conv1d_fwd(*args)
-    else:
-        outputs = _Conv.apply(*args)
+    outputs = _Conv.apply(*args) if needs_graph(*tensors) else library.ops.causal_conv1d_fwd(*args)
     return tuple(outputs) if return_final_state else outputs[0]
 
 
@@ -382,17 +379,25 @@ def register(namespace: str) -> None:
             return x.new_empty(B, L, D).transpose(1, 2)
         return x.new_empty(B, D, L)
 
+    def check(x, weight, bias, initial_state, cu_seqlens, seq_idx, **grads):
+        packing = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
+        check_devices("causal_conv1d", x=x, weight=weight, bias=bias, initial_state=initial_state, **packing, **grads)
+
     def fwd(x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, dilation, reverse, return_final_state):
+        check(x, weight, bias, initial_state, cu_seqlens, seq_idx)
         N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         S = (weight.shape[1] - 1) * dilation
         state = [x.new_empty(N, x.shape[1], S, dtype=accumulator(x.dtype))] if return_final_state else []
         return [like(x), *state]
 
     def bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, dilation, reverse):
+        check(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy=dy, dfinal_state=dfinal_state)
         parameters = [t for t in (weight, bias, initial_state) if t is not None]
         return [like(x), *(t.new_empty(t.shape) for t in parameters)]
 
     def step(x, conv_state, weight, bias, state_indices, silu, dilation):
+        tensors = {"weight": weight, "bias": bias, "conv_state": conv_state, "state_indices": state_indices}
+        check_devices("causal_conv1d_step", x=x, **tensors)
         return x.new_empty(x.shape)
 
     def setup_context(ctx, inputs, output):
@@ -410,3 +415,8 @@ def register(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::causal_conv1d_bwd", bwd)
     torch.library.register_fake(f"{namespace}::causal_conv1d_step", step)
     torch.library.register_autograd(f"{namespace}::causal_conv1d_fwd", backward, setup_context=setup_context)
+    torch.library.register_autograd(
+        f"{namespace}::causal_conv1d_bwd",
+        lambda ctx, cotangents: _ConvBackward.backward(ctx, *cotangents),
+        setup_context=_ConvBackward.setup_context,
+    )

@@ -1,0 +1,107 @@
+// The module seqkern._C: what was built, and what a shape would run. Operators are not here: they need no Python.
+#include <pybind11/pybind11.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+
+#include "causal_conv1d/tile.h"
+#include "common/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using namespace seqkern;
+
+py::dict build_info() {
+  py::dict info;
+#if defined(SEQKERN_WITH_CUDA)
+  info["cuda"] = SEQKERN_CUDA_VERSION;
+#else
+  info["cuda"] = py::none();
+#endif
+  info["archs"] = py::str(SEQKERN_ARCHS).attr("split")();
+  info["compiler"] = __VERSION__;
+  info["torch"] = SEQKERN_TORCH_VERSION;
+  return info;
+}
+
+py::list available_isas() {
+  py::list names;
+  for (int isa = 0; isa <= static_cast<int>(best_isa()); ++isa) names.append(isa_name(static_cast<Isa>(isa)));
+  return names;
+}
+
+DType dtype_of(const std::string& name) {
+  static const std::map<std::string, DType> kDTypes = {
+      {"fp32", DType::kFloat32}, {"bf16", DType::kBFloat16}, {"fp16", DType::kFloat16}, {"fp64", DType::kFloat64}};
+  const auto found = kDTypes.find(name);
+  if (found == kDTypes.end()) throw std::invalid_argument("dtype must be fp32, bf16, fp16 or fp64, got " + name);
+  return found->second;
+}
+
+// A plan asks of a pointer only whether it is there and how it is aligned.
+void* const kPresent = reinterpret_cast<void*>(256);
+
+py::dict as_dict(const causal_conv1d::cuda::Plan& plan) {
+  py::dict d;
+  d["kernel"] = plan.kernel;
+  d["because"] = plan.why;
+  d["blocks"] = plan.cut.token_blocks + plan.cut.state_blocks;
+  d["threads per block"] = plan.tile.threads;
+  d["blocks per SM"] = plan.tile.blocks_per_sm;
+  d["shared memory bytes"] = plan.smem_bytes;
+  d["launches"] = plan.launches;
+  d["workspace bytes"] = plan.workspace_bytes;
+  d["bytes moved"] = plan.bytes;
+  return d;
+}
+
+py::dict plan_causal_conv1d(int64_t batch, int64_t channels, int64_t length, int64_t width, const std::string& dtype,
+                            int64_t dilation, bool silu, bool bias, bool states, bool channels_last) {
+  namespace conv = causal_conv1d;
+  const DType type = dtype_of(dtype);
+  const conv::Strides stride =
+      channels_last ? conv::Strides{length * channels, 1, channels} : conv::Strides{channels * length, length, 1};
+  const auto array = [&](bool present, DType element) { return Array{present ? kPresent : nullptr, element}; };
+
+  conv::Inputs in{};
+  in.sequences.batch = in.sequences.count = batch;
+  in.sequences.length = length;
+  in.channels = channels, in.width = width, in.dilation = dilation, in.silu = silu, in.dtype = type;
+  in.x = kPresent, in.x_stride = stride;
+  in.weight = array(true, type), in.bias = array(bias, type), in.initial_state = array(states, accumulator(type));
+
+  conv::FwdParams fwd{in};
+  fwd.y = kPresent, fwd.y_stride = stride, fwd.final_state = array(states, accumulator(type));
+
+  conv::BwdParams bwd{in};
+  bwd.dy = kPresent, bwd.dy_stride = stride, bwd.dx = kPresent, bwd.dx_stride = stride;
+  bwd.dfinal_state = bwd.dinitial_state = array(states, accumulator(type));
+
+  conv::StepParams step{};
+  step.batch = step.rows = batch, step.channels = channels, step.tokens = 1;
+  step.width = width, step.dilation = dilation, step.state_size = in.state_size(), step.silu = silu, step.dtype = type;
+  step.weight = in.weight, step.bias = in.bias, step.conv_state = array(true, accumulator(type));
+
+  py::dict plans;
+  plans["forward"] = as_dict(conv::cuda::plan_fwd(fwd));
+  plans["backward"] = as_dict(conv::cuda::plan_bwd(bwd));
+  plans["step"] = as_dict(conv::cuda::plan_step(step));
+  return plans;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build facts and plans of seqkern.";
+  m.def("build_info", &build_info,
+        "cuda: version of the toolkit or None; archs: list; compiler; torch: version of the headers");
+  m.def("isa", [] { return isa_name(isa()); }, "The instruction set of the CPU kernels.");
+  m.def("isas", &available_isas, "Those that this machine can run.");
+  m.def("plan_causal_conv1d", &plan_causal_conv1d, py::kw_only(), py::arg("batch"), py::arg("channels"),
+        py::arg("length"), py::arg("width"), py::arg("dtype"), py::arg("dilation") = 1, py::arg("silu") = true,
+        py::arg("bias") = true, py::arg("states") = false, py::arg("channels_last") = false,
+        "The CUDA kernels that a shape runs: how many blocks, what they need and the bytes that they move.");
+}

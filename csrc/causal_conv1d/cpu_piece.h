@@ -1,0 +1,337 @@
+// Pieces of a causal convolution (tokens of one run x channels), the windows of accumulators they are computed in, and
+// the two loops that compute: a convolution, and the derivative of its activation. Internal to cpu.cpp.
+#pragma once
+#include "causal_conv1d/params.h"
+#include "common/simd.h"
+
+namespace seqkern::causal_conv1d {
+namespace {
+
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return at_most(at_least(x, low), high); }
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// (B, D, L)
+template <class T>
+struct Data {
+  T* data;
+  Strides stride;
+
+  T* at(int64_t b, int64_t d, int64_t t) const { return data + b * stride.b + d * stride.d + t * stride.l; }
+};
+
+// Tokens [begin, end()) of one run, channels [channel, channel + channels).
+struct Piece {
+  const Run* run;
+  int64_t begin, tokens;
+  int64_t channel, channels;
+
+  int64_t end() const { return begin + tokens; }
+};
+
+// `count` vectors of a piece, each `advance` tokens after the one before, of which `lanes` lanes are the piece's.
+struct Walk {
+  int64_t token, channel;  // of the first lane, relative to the piece
+  int64_t count, advance;
+  int lanes;
+};
+
+// Elements of a piece and its surroundings: token t, channel c at origin[(t - piece.begin) * step + c].
+template <class T>
+struct Window {
+  T* origin;
+  int64_t step;
+  bool scratch;  // not the tensor itself
+
+  T* at(const Walk& walk) const { return origin + walk.token * step + walk.channel; }
+};
+
+// body.template operator()<kWidth>(): widths worth a compile-time constant, 0 for all others.
+template <class Body>
+inline void visit_width(const Inputs& p, const Body& body) {
+  switch (p.width) {
+    case 2: return body.template operator()<2>();
+    case 3: return body.template operator()<3>();
+    case 4: return body.template operator()<4>();
+    default: return body.template operator()<0>();
+  }
+}
+
+template <class Body>
+inline void visit_width_and_silu(const Inputs& p, const Body& body) {
+  visit_width(p, [&]<int kWidth>() {
+    if (p.silu)
+      body.template operator()<kWidth, true>();
+    else
+      body.template operator()<kWidth, false>();
+  });
+}
+
+// Calls body(piece) for the part of every run in tokens [begin, begin + tokens) of batch row b. Runs are sorted.
+template <class Body>
+inline void for_each_piece(const Inputs& p, int64_t b, int64_t begin, int64_t tokens, int64_t channel, int64_t channels,
+                           const Body& body) {
+  const int64_t end = at_most(begin + tokens, p.sequences.length);
+  int64_t low = 0, high = p.num_runs;  // the first run that ends after `begin`
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    const Run& run = p.runs[middle];
+    if (run.b < b || (run.b == b && run.end <= begin))
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  for (; low < p.num_runs && p.runs[low].b == b && p.runs[low].begin < end; ++low) {
+    const Run& run = p.runs[low];
+    const int64_t first = at_least(begin, run.begin), last = at_most(end, run.end);
+    if (first < last) body(Piece{&run, first, last - first, channel, at_most(channels, p.channels - channel)});
+  }
+}
+
+// Calls body(part) for parts of at most `tokens` tokens and `channels` channels.
+template <class Body>
+inline void for_each_part(const Piece& piece, int64_t tokens, int64_t channels, const Body& body) {
+  for (int64_t c = 0; c < piece.channels; c += channels)
+    for (int64_t t = 0; t < piece.tokens; t += tokens)
+      body(Piece{piece.run, piece.begin + t, at_most(tokens, piece.tokens - t), piece.channel + c,
+                 at_most(channels, piece.channels - c)});
+}
+
+// For bfloat16 outputs with SiLU the sums are formed in the scale that silu_of_scaled takes, from scaled parameters.
+template <class T, bool kSilu>
+constexpr Accumulator<T> kParameterScale = kSilu && kSame<T, BFloat16> ? kMinusLog2E : 1;
+
+template <class T, bool kSilu, class V>
+inline V activation(V sum) {
+  if constexpr (!kSilu)
+    return sum;
+  else if constexpr (kSame<T, BFloat16>)
+    return silu_of_scaled(sum);
+  else
+    return silu(sum);
+}
+
+// The bfloat16 output in the upper half of each lane. SiLU's result is an approximation, whose ties mean nothing: it is
+// rounded half up, and its NaN stay NaN because NaN never enter with low bits set (without_payload).
+template <bool kSilu>
+inline UInt activated_bits(Float sum) {
+  const Float y = activation<BFloat16, kSilu>(sum);
+  return kSilu ? bit_cast<UInt>(y) + 0x8000u : round_to_upper_half(y);
+}
+
+template <bool kSilu, class T, class A>
+inline void store_activated(T* y, Vec<A> sum, int lanes) {
+  if constexpr (kSame<T, BFloat16>) {
+    const UShort bits = __builtin_convertvector(activated_bits<kSilu>(sum) >> 16, UShort);
+    __builtin_memcpy(y, &bits, static_cast<size_t>(at_most(lanes, kLanes<A>)) * sizeof(T));
+  } else {
+    store<A>(y, activation<T, kSilu>(sum), lanes);
+  }
+}
+
+template <class A>
+inline A without_payload(A x) {
+  return x == x ? x : static_cast<A>(__builtin_nanf(""));
+}
+
+// weight and bias as accumulators, times `scale`, lanes last: (W + 1, padded D); row W is the bias, or zeros.
+template <class A>
+class Parameters {
+ public:
+  template <class Params>
+  Parameters(const Params& p, A scale)
+      : row_(round_up(p.channels, 2 * kLanes<A>)),
+        width_(p.width),
+        scratch_(Scratch::bytes_of<A>((p.width + 1) * row_)),
+        rows_(scratch_.template take<A>((p.width + 1) * row_)) {
+    visit_dtype(p.weight.dtype, [&]<class T>() {
+      for (int64_t j = 0; j < width_; ++j)
+        fill(static_cast<const T*>(p.weight.data) + j, width_, p.channels, scale, rows_ + j * row_);
+    });
+    if (p.bias)
+      visit_dtype(p.bias.dtype, [&]<class T>() {
+        fill(static_cast<const T*>(p.bias.data), 1, p.channels, scale, rows_ + width_ * row_);
+      });
+    else
+      fill(rows_, 0, 0, scale, rows_ + width_ * row_);
+  }
+
+  int64_t width() const { return width_; }
+  int64_t row() const { return row_; }
+  const A* rows() const { return rows_; }
+  // Row j of channel d on, or channel d in all lanes.
+  Vec<A> get(int64_t j, int64_t d, bool one_channel) const {
+    const A* const p = rows_ + j * row_ + d;
+    return one_channel ? splat(*p) : load<A>(p);
+  }
+
+ private:
+  template <class T>
+  void fill(const T* from, int64_t stride, int64_t channels, A scale, A* row) {
+    for (int64_t d = 0; d < channels; ++d) row[d] = without_payload(static_cast<A>(widen(from[d * stride])) * scale);
+    for (int64_t d = channels; d < row_; ++d) row[d] = 0;
+  }
+
+  int64_t row_, width_;
+  Scratch scratch_;
+  A* rows_;
+};
+
+// The parameters of one vector of outputs.
+template <class A, int kWidth>
+struct Taps {
+  Vec<A> weight[kWidth == 0 ? kMaxWidth : kWidth];
+  Vec<A> bias;
+  int runtime_width;
+
+  Taps(const Parameters<A>& parameters, int64_t d, bool one_channel)
+      : runtime_width(static_cast<int>(parameters.width())) {
+    for (int j = 0; j < width(); ++j) weight[j] = parameters.get(j, d, one_channel);
+    bias = parameters.get(width(), d, one_channel);
+  }
+  int width() const { return kWidth == 0 ? runtime_width : kWidth; }
+};
+
+// Lanes are channels where these are contiguous, and where there are too few tokens to fill a vector.
+inline bool lanes_are_channels(const Inputs& p) {
+  return p.x_stride.l != 1 || (p.sequences.length < 8 && p.channels > p.sequences.length);
+}
+
+// How pieces of this call lie in windows.
+struct Geometry {
+  bool lanes_are_time;
+  int sign;          // of the step in time, -1 for reverse
+  int64_t dilation;  // taps beyond all tokens read nothing: they need no more than this
+  int64_t S;
+
+  Geometry(const Inputs& p, bool lanes_are_time)
+      : lanes_are_time(lanes_are_time),
+        sign(p.sequences.reverse ? -1 : 1),
+        dilation(p.initial_state ? p.dilation : at_most(p.dilation, at_least(1, p.sequences.length))),
+        S((p.width - 1) * dilation) {}
+
+  int64_t channels_of_piece(int64_t tokens) const {
+    return lanes_are_time ? 1 : clamp((1 << 12) / tokens / 16 * 16, 16, 128);
+  }
+  int64_t step_of(const Piece& piece) const { return lanes_are_time ? 1 : round_up(piece.channels, 16); }
+  int64_t window_size(int64_t tokens, int64_t channels) const {
+    return lanes_are_time ? tokens + 32 : tokens * round_up(channels, 16);
+  }
+
+  template <class Body>
+  void for_each_walk(const Piece& piece, int lanes, const Body& body) const {
+    if (lanes_are_time) {
+      const int64_t whole = piece.tokens / lanes;
+      if (whole > 0) body(Walk{0, 0, whole, lanes, lanes});
+      if (piece.tokens % lanes) body(Walk{whole * lanes, 0, 1, lanes, static_cast<int>(piece.tokens % lanes)});
+    } else {
+      for (int64_t c = 0; c < piece.channels; c += lanes)
+        body(Walk{0, c, piece.tokens, 1, static_cast<int>(at_most(lanes, piece.channels - c))});
+    }
+  }
+};
+
+// Column `column` of the initial state of channel d, or 0.
+template <class A>
+inline A initial_value(const Inputs& p, const Run& run, int64_t d, int64_t column) {
+  if (run.initial < 0 || !p.initial_state) return 0;
+  A value = 0;
+  visit_dtype(p.initial_state.dtype, [&]<class State>() {
+    const State* const state = static_cast<const State*>(p.initial_state.data);
+    value = without_payload(static_cast<A>(widen(state[(run.initial * p.channels + d) * p.state_size() + column])));
+  });
+  return value;
+}
+
+// Tokens [first, last) of x as accumulators in scratch; outside the run stands the initial state.
+template <class A, class T>
+inline Window<const A> fill(const Geometry& g, const Inputs& p, const Data<const T>& x, const Piece& piece,
+                            int64_t first, int64_t last, A* scratch) {
+  const Run& run = *piece.run;
+  const int64_t step = g.step_of(piece);
+  const int64_t in_first = clamp(run.begin, first, last), in_last = clamp(run.end, in_first, last);
+  const auto fill_state = [&](int64_t from, int64_t to) {
+    for (int64_t t = from; t < to; ++t)
+      for (int64_t c = 0; c < piece.channels; ++c)
+        scratch[(t - first) * step + c] = initial_value<A>(p, run, piece.channel + c,
+                                                           g.sign > 0 ? t - run.begin + p.state_size()
+                                                                      : run.end + p.state_size() - 1 - t);
+  };
+  fill_state(first, in_first);
+  if (g.lanes_are_time)
+    convert(x.at(run.b, piece.channel, in_first), x.stride.l, in_last - in_first, scratch + (in_first - first));
+  else
+    for (int64_t t = in_first; t < in_last; ++t)
+      convert(x.at(run.b, piece.channel, t), x.stride.d, piece.channels, scratch + (t - first) * step);
+  fill_state(in_last, last);
+  return {scratch + (piece.begin - first) * step, step, true};
+}
+
+// Where a piece's outputs are written: in the tensor itself, or in scratch for copy_out.
+template <class T>
+inline Window<T> output_window(const Geometry& g, const Data<T>& y, const Piece& piece, T* scratch) {
+  if ((g.lanes_are_time ? y.stride.l : y.stride.d) == 1)
+    return {y.at(piece.run->b, piece.channel, piece.begin), y.stride.l, false};
+  return {scratch, g.step_of(piece), true};
+}
+
+template <class T, class From>
+inline void copy_out(const Data<T>& y, const Piece& piece, const Window<From>& from) {
+  for (int64_t t = 0; t < piece.tokens; ++t)
+    for (int64_t c = 0; c < piece.channels; ++c)
+      *y.at(piece.run->b, piece.channel + c, piece.begin + t) = narrow<T>(widen(from.origin[t * from.step + c]));
+}
+
+template <class T>
+inline void fill_zero(const Data<T>& y, const Piece& piece) {
+  for (int64_t c = 0; c < piece.channels; ++c)
+    for (int64_t t = 0; t < piece.tokens; ++t) *y.at(piece.run->b, piece.channel + c, piece.begin + t) = T{};
+}
+
+// sum_j weight_j x_j + bias, always in this order.
+template <class A, int kWidth>
+inline Vec<A> weighted_sum(const A* x, int64_t tap, const Taps<A, kWidth>& taps) {
+  Vec<A> sum = taps.bias;
+  for (int j = 0; j < taps.width(); ++j) sum = madd(taps.weight[j], load<A>(x + j * tap), sum);
+  return sum;
+}
+
+// y_i = [silu] sum_j weight_j x_{i, j} + bias for `count` vectors i; x_{i, j} lies at x + i x_step + j tap.
+template <int kWidth, bool kSilu, class A, class T>
+void convolve(const A* x, int64_t tap, int64_t x_step, const Taps<A, kWidth>& given, T* y, int64_t y_step,
+              int64_t count, int lanes) {
+  const Taps<A, kWidth> taps = given;
+  for (int64_t i = 0; i < count; ++i) {
+    store_activated<kSilu, T, A>(y + i * y_step, weighted_sum(x + i * x_step, tap, taps), lanes);
+  }
+}
+
+// dpre_i = dy_i [silu'(pre_i)]; adds dpre_i x_{i, j} to sums[j] and dpre_i to sums[W]. All windows step alike.
+template <int kWidth, bool kSilu, class A>
+void differentiate(const A* x, int64_t tap, const Taps<A, kWidth>& given, const A* dy, A* dpre, int64_t step,
+                   int64_t count, int lanes, Vec<A>* sums) {
+  const Taps<A, kWidth> taps = given;
+  const int width = taps.width();
+  Taps<A, kWidth> sum = taps;  // of W products, and in `bias` of dpre
+  for (int j = 0; j < width; ++j) sum.weight[j] = Vec<A>{};
+  sum.bias = Vec<A>{};
+  Vec<A> index{};
+  for (int lane = 0; lane < kLanes<A>; ++lane) index[lane] = static_cast<A>(lane);
+  const auto valid = index < static_cast<A>(lanes);
+  for (int64_t i = 0; i < count; ++i) {
+    const A* const xi = x + i * step;
+    Vec<A> gradient = load<A>(dy + i * step);
+    if constexpr (kSilu) gradient *= silu_derivative(weighted_sum(xi, tap, taps));
+    store<A>(dpre + i * step, gradient);
+    // Lanes that are not the piece's are left out, not multiplied by 0: they may hold NaN.
+    for (int j = 0; j < width; ++j)
+      sum.weight[j] = valid ? madd(gradient, load<A>(xi + j * tap), sum.weight[j]) : sum.weight[j];
+    sum.bias = valid ? sum.bias + gradient : sum.bias;
+  }
+  for (int j = 0; j < width; ++j) sums[j] += sum.weight[j];
+  sums[width] += sum.bias;
+}
+
+}  // namespace
+}  // namespace seqkern::causal_conv1d

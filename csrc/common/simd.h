@@ -1,0 +1,325 @@
+// Vectors for CPU kernels. The file that includes this is compiled once per instruction set, so everything here has
+// internal linkage and nothing comes from std:: (a weak symbol of one instruction set could be linked into another).
+//
+// Vec<A> is one register of A = float or double; memory of any element type is widened on load and rounded to
+// nearest even on store. Compile with -ffp-contract=off: products and sums are fused where madd says so and nowhere
+// else, so a value does not depend on which loop computed it.
+#pragma once
+#include <stdlib.h>
+
+#include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "common/dtype.h"
+
+namespace seqkern {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class A>
+constexpr int kLanes = kVectorBytes / sizeof(A);
+
+template <class A>
+struct VecOf {
+  typedef A type __attribute__((vector_size(kVectorBytes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+
+using Float = Vec<float>;
+using Double = Vec<double>;
+using Int = Vec<int32_t>;
+using UInt = Vec<uint32_t>;
+typedef uint16_t UShort __attribute__((vector_size(kVectorBytes / 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, from);
+}
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = typename AccumulatorOf<T>::type;  // of the element type T, see accumulator(DType)
+
+// body.template operator()<T>() with the element type T of dtype.
+template <class Body>
+inline void visit_dtype(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body.template operator()<float>();
+    case DType::kBFloat16: return body.template operator()<BFloat16>();
+    case DType::kFloat16: return body.template operator()<Half>();
+    case DType::kFloat64: return body.template operator()<double>();
+  }
+}
+
+// ---- Arithmetic ----
+
+inline Float splat(float value) { return value - Float{}; }  // x - 0 is x, -0 too
+inline Double splat(double value) { return value - Double{}; }
+
+inline Float madd(Float a, Float b, Float c) {  // a b + c
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline Double madd(Double a, Double b, Double c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class A>
+inline A sum_of_lanes(Vec<A> v) {
+  A sum = 0;
+  for (int i = 0; i < kLanes<A>; ++i) sum += v[i];
+  return sum;
+}
+
+// ---- Conversions ----
+// Vectors of the 16-bit types travel as the low halves of 32-bit lanes.
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline Float widen(BFloat16, UInt bits) { return bit_cast<Float>(bits << 16); }
+inline Float widen(Half, UInt bits) {
+  const UInt exponent_and_mantissa = (bits & 0x7fffu) << 13;
+  const UInt finite = bit_cast<UInt>(bit_cast<Float>(exponent_and_mantissa) * 0x1p112f);  // subnormals too
+  const UInt magnitude = exponent_and_mantissa >= 0x0f800000u ? exponent_and_mantissa | 0x7f800000u : finite;
+  return bit_cast<Float>(magnitude | (bits & 0x8000u) << 16);
+}
+
+inline UInt round_to_upper_half(Float x) {  // the nearest bfloat16 in the upper 16 bits, anything below
+  const UInt bits = bit_cast<UInt>(x);
+  const UInt rounded = bits + (0x7fffu + (bits >> 16 & 1u));
+  return x != x ? bits | 0x400000u : rounded;
+}
+inline UInt narrow(BFloat16, Float x) { return round_to_upper_half(x) >> 16; }
+inline UInt narrow(Half, Float x) {
+  const UInt bits = bit_cast<UInt>(x);
+  const UInt magnitude = bits & 0x7fffffffu;
+  const UInt special = magnitude > 0x7f800000u ? UInt{} + 0x7e00u : UInt{} + 0x7c00u;
+  const UInt normal = (magnitude + (0xc8000fffu + (magnitude >> 13 & 1u))) >> 13;
+  const UInt subnormal = bit_cast<UInt>(bit_cast<Float>(magnitude) + 0.5f) - 0x3f000000u;
+  const UInt half = magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? subnormal : normal;
+  return half | (bits >> 16 & 0x8000u);
+}
+
+// One element: the vector form in one lane, so that both agree to the last bit.
+template <class T>
+inline float widen(T x) {
+  return widen(x, UInt{} + x.bits)[0];
+}
+
+template <class T, class A>
+inline T narrow(A x) {
+  if constexpr (sizeof(T) == 2) {
+    return {static_cast<uint16_t>(narrow(T{}, splat(static_cast<float>(x)))[0])};
+  } else {
+    return static_cast<T>(x);
+  }
+}
+
+// kLanes<A> elements at p.
+template <class A, class T>
+inline Vec<A> load(const T* p) {
+  if constexpr (kSame<A, T>) {
+    Vec<A> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  } else if constexpr (kSame<A, float> && sizeof(T) == 2) {
+#if defined(__F16C__)
+    if constexpr (kSame<T, Half>) {
+#if defined(__AVX512F__)
+      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+      return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+    }
+#endif
+    UShort bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return widen(T{}, __builtin_convertvector(bits, UInt));
+  } else {
+    Vec<A> v;
+    for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(widen(p[i]));
+    return v;
+  }
+}
+
+template <class A, class T>
+inline void store(T* p, Vec<A> v) {
+  if constexpr (kSame<A, T>) {
+    __builtin_memcpy(p, &v, sizeof v);
+  } else if constexpr (kSame<A, float> && sizeof(T) == 2) {
+#if defined(__F16C__)
+    if constexpr (kSame<T, Half>) {
+#if defined(__AVX512F__)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#else
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+      return;
+    }
+#endif
+    const UShort bits = __builtin_convertvector(narrow(T{}, v), UShort);
+    __builtin_memcpy(p, &bits, sizeof bits);
+  } else {
+    for (int i = 0; i < kLanes<A>; ++i) p[i] = narrow<T>(v[i]);
+  }
+}
+
+// The first n of kLanes<A> elements.
+template <class A, class T>
+inline void store(T* p, Vec<A> v, int n) {
+  if (n >= kLanes<A>) return store<A>(p, v);
+  T whole[kLanes<A>];
+  store<A>(whole, v);
+  __builtin_memcpy(p, whole, static_cast<size_t>(n) * sizeof(T));
+}
+
+// to[i] = from[i * stride]
+template <class To, class From>
+inline void convert(const From* from, int64_t stride, int64_t count, To* to) {
+  int64_t i = 0;
+  if (stride == 1) {
+    using A = Accumulator<To>;
+    for (; i + kLanes<A> <= count; i += kLanes<A>) store<A>(to + i, load<A>(from + i));
+  }
+  for (; i < count; ++i) to[i] = narrow<To>(widen(from[i * stride]));
+}
+
+// ---- Functions ----
+
+// 2^x to 3e-7 of its value, exact at integers; inf where it overflows, 0 or subnormal where it underflows.
+inline Float exp2(Float x) {
+#if defined(__AVX512F__)
+  const Float fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for +-inf
+  const Float whole = x - fraction;
+#else
+  x = x > 300.f ? splat(300.f) : x;  // false for NaN, which stays
+  x = x < -300.f ? splat(-300.f) : x;
+  const Float whole = (x + 0x1.8p23f) - 0x1.8p23f;
+  const Float fraction = x - whole;
+#endif
+  // Minimax on [-0.5, 0.5] of (2^f - 1) / f.
+  Float p = madd(splat(1.326472712e-3f), fraction, splat(9.671512645e-3f));
+  p = madd(p, fraction, splat(5.550733743e-2f));
+  p = madd(p, fraction, splat(0.2402224209f));
+  p = madd(p, fraction, splat(0.6931469776f));
+  p = madd(p, fraction, splat(1.f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, whole);
+#else
+  const Int n = __builtin_convertvector(whole, Int);
+  const Int half = n >> 1;  // two factors: 2^n itself may be out of range
+  return p * bit_cast<Float>((half + 127) << 23) * bit_cast<Float>((n - half + 127) << 23);
+#endif
+}
+
+constexpr float kMinusLog2E = -1.44269504f;
+inline Float sigmoid(Float x) { return 1.f / (exp2(x * kMinusLog2E) + 1.f); }
+
+inline Double sigmoid(Double x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = 1. / (1. + __builtin_exp(-x[i]));
+  return x;
+}
+
+// silu(x) = x sigmoid(x), and its derivative. As in torch, -inf gives NaN.
+inline Float silu(Float x) { return x / (exp2(x * kMinusLog2E) + 1.f); }
+inline Double silu(Double x) { return x * sigmoid(x); }
+template <class V>
+inline V silu_derivative(V x) {
+  const V s = sigmoid(x);
+  return s * (1.f + x * (1.f - s));
+}
+
+// silu(x) for an 8-bit significand, given scaled = -log2(e) x: to 1.4e-4 of its value.
+inline Float silu_of_scaled(Float scaled) {
+#if defined(__AVX512F__)
+  const Float fraction = _mm512_reduce_ps(scaled, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  Float p = madd(splat(0.07802452f), fraction, splat(0.22606716f));  // minimax on [0, 1) of 2^f
+  p = madd(p, fraction, splat(0.69583354f));
+  p = madd(p, fraction, splat(0.99992522f));
+  const Float exp = _mm512_scalef_ps(p, scaled);
+  return scaled * Float(_mm512_rcp14_ps(madd(exp, splat(kMinusLog2E), splat(kMinusLog2E))));
+#else
+  return scaled / madd(exp2(scaled), splat(kMinusLog2E), splat(kMinusLog2E));
+#endif
+}
+
+// ---- Memory ----
+
+// Loads cache lines some way ahead of where a loop reads and writes: neither hardware nor the order of execution looks
+// far enough, across pages least of all.
+inline void prefetch_read(const void* p) { __builtin_prefetch(p, 0); }
+inline void prefetch_write(void* p) { __builtin_prefetch(p, 1); }
+
+// One allocation cut into arrays that start on cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(static_cast<char*>(malloc(static_cast<size_t>(bytes + kLine)))) {
+    if (memory_ == nullptr) abort();
+    next_ = memory_ + (kLine - reinterpret_cast<uintptr_t>(memory_) % kLine);
+  }
+  ~Scratch() { free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* array = reinterpret_cast<T*>(next_);
+    next_ += bytes_of<T>(count);
+    return array;
+  }
+  template <class T>
+  static constexpr int64_t bytes_of(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine * kLine;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  char* memory_;
+  char* next_;
+};
+
+}  // namespace
+}  // namespace seqkern

@@ -1,0 +1,229 @@
+"""Trains a small character model on the source of Python's standard library, lets it write, and times its operators.
+
+    python3 examples/train_text.py                                    about two minutes on a CPU with two cores
+    python3 examples/train_text.py --text FILE --steps 1000 --prompt "Once upon"
+
+Below, in this order: the text, the model, its training, and text generated one token at a time. At the end it prints what
+each operator of seqkern took in the last training step, beside plain PyTorch (operator_table.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import sysconfig
+import time
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+
+import bootstrap
+
+bootstrap.ensure()  # the first time: installs torch if there is none, and builds seqkern
+
+import operator_table  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+import seqkern.nn  # noqa: E402
+
+# What mixes tokens over time, by the name that --mixer takes: (size of a token, number of the layer) -> module with
+# forward(x), step(x, state) and zero_state(batch_size), such as seqkern.nn's.
+MIXERS = {
+    "conv": lambda dim, layer: seqkern.nn.GatedConv(dim, 2 * dim, width=4, dilation=2**layer),
+}
+
+# ---- the text
+
+
+def read_text(path: str | None) -> Tensor:
+    """All bytes of the file; without one, the standard library's top-level modules, which every machine has."""
+    files = [Path(path)] if path else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = b"\n".join(file.read_bytes() for file in files)
+    if len(text) < 1000:
+        sys.exit(f"train_text: {path or 'the standard library'} has {len(text)} bytes; give a longer text with --text")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def windows(text: Tensor, starts: Tensor, length: int, device: str) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, L): the bytes from each start on, and the byte that follows each of them."""
+    tokens = text[starts[:, None] + torch.arange(length + 1)].long().to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+# ---- the model
+
+
+class Block(nn.Module):
+    """Mixes over time, then within each token."""
+
+    def __init__(self, dim: int, mixer: nn.Module):
+        super().__init__()
+        self.norm, self.mixer = nn.LayerNorm(dim), mixer
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.GELU(), nn.Linear(3 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, dim)
+        x = x + self.mixer(self.norm(x))
+        return x + self.mlp(x)
+
+    def step(self, x: Tensor, state: Tensor) -> Tensor:  # (B, dim); the state is updated in place
+        x = x + self.mixer.step(self.norm(x), state)
+        return x + self.mlp(x)
+
+
+class CharModel(nn.Module):
+    def __init__(self, mixer: str, dim: int = 160, depth: int = 6):
+        super().__init__()
+        self.embedding = nn.Embedding(256, dim)
+        self.blocks = nn.ModuleList(Block(dim, MIXERS[mixer](dim, layer)) for layer in range(depth))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (B, L) -> logits (B, L, 256)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def zero_states(self, batch_size: int) -> list[Tensor]:
+        return [block.mixer.zero_state(batch_size) for block in self.blocks]
+
+    def step(self, tokens: Tensor, states: list[Tensor]) -> Tensor:  # (B,) -> logits (B, 256)
+        x = self.embedding(tokens)
+        for block, state in zip(self.blocks, states, strict=True):
+            x = block.step(x, state)
+        return self.head(self.norm(x))
+
+
+# ---- training
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats per byte."""
+    return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten())
+
+
+def train(
+    model: nn.Module, text: Tensor, options: argparse.Namespace, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns the last batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=options.steps))
+    progress = Progress(options.steps, options.batch * options.length)
+    for _ in range(options.steps):
+        starts = torch.randint(len(text) - options.length, (options.batch,), generator=generator)
+        batch = windows(text, starts, options.length, options.device)
+        loss = loss_of(model, *batch)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        progress.advance(loss.item())
+    return batch
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Share of the full rate: a linear rise, then half a cosine."""
+    rise = min(20, steps // 4) + 1
+    return min((step + 1) / rise, 0.525 + 0.475 * math.cos(math.pi * max(step - rise, 0) / steps))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, text: Tensor, options: argparse.Namespace) -> float:
+    """Mean loss over the first 64 windows of the text, one after another."""
+    starts = torch.arange(0, len(text) - options.length, options.length)[:64]
+    batches = starts.split(options.batch)
+    losses = [loss_of(model, *windows(text, batch, options.length, options.device)) * len(batch) for batch in batches]
+    return float(sum(losses)) / len(starts)
+
+
+class Progress:
+    """A bar that redraws itself in a terminal; elsewhere a line for every tenth of the way."""
+
+    def __init__(self, steps: int, tokens_per_step: int):
+        self.steps, self.tokens_per_step = steps, tokens_per_step
+        self.step, self.loss, self.begin = 0, None, time.perf_counter()
+
+    def advance(self, loss: float) -> None:
+        self.step += 1
+        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss  # a running mean
+        seconds = time.perf_counter() - self.begin
+        bar = "#" * (30 * self.step // self.steps)
+        line = (
+            f"[{bar:<30}] {self.step}/{self.steps}  loss {self.loss:.3f} nats/byte  "
+            f"{self.tokens_per_step * self.step / seconds:,.0f} tokens/s  {seconds:.0f} s"
+        )
+        if sys.stdout.isatty():
+            print(f"\r{line}", end="\n" if self.step == self.steps else "", flush=True)
+        elif self.step in {1, self.steps} or self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps:
+            print(line, flush=True)
+
+
+# ---- generation, one token at a time
+
+
+@torch.no_grad()
+def generate(model: CharModel, prompt: bytes, length: int, generator: torch.Generator) -> tuple[bytes, float]:
+    """Continues the prompt. Also the largest difference of the prompt's logits, by steps and by one forward."""
+    device = model.head.weight.device
+    tokens = torch.tensor([list(prompt)], device=device)
+    states = model.zero_states(1)
+    logits = torch.stack([model.step(tokens[:, t], states) for t in range(len(prompt))], dim=1)
+    difference = (logits - model(tokens)).abs().max().item()
+
+    text, logits = bytearray(prompt), logits[:, -1]
+    for _ in range(length):
+        probabilities = torch.softmax(logits.float().cpu() / 0.7, dim=-1)  # below 1: prefers what is likely
+        token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        text.append(token.item())
+        logits = model.step(token.to(device), states)
+    return bytes(text), difference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixer", choices=MIXERS, default="conv")
+    parser.add_argument("--text", metavar="FILE", help="default: the source of Python's standard library")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256, help="bytes in each row of a batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: by autocast")
+    parser.add_argument("--prompt", default="class Stack:\n    def ")
+    parser.add_argument("--sample-length", type=int, default=400, metavar="BYTES")
+    options = parser.parse_args()
+
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)  # of batches and samples: the same for every device
+    text = read_text(options.text)
+    held_out = max(len(text) // 20, 300)
+    text, validation_text = text[:-held_out], text[-held_out:]
+    options.length = min(options.length, held_out - 1)
+    model = CharModel(options.mixer).to(options.device)
+    size = f"{len(text):,} bytes of text, {sum(p.numel() for p in model.parameters()):,} parameters"
+    print(f"{size}, mixer {options.mixer}, {options.device}, {options.dtype}")
+
+    with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+        last_batch = train(model, text, options, generator)
+        validation = evaluate(model, validation_text, options)
+        print(f"validation loss {validation:.3f} nats/byte ({validation / math.log(2):.2f} bits)\n")
+
+        prompt = options.prompt.encode() or b"\n"
+        sample, difference = generate(model, prompt, options.sample_length, generator)
+        print(f"--- written one token at a time\n{sample.decode(errors='replace')}\n---")
+        print(f"largest difference of the prompt's logits, step by step against at once: {difference:.1e}\n")
+
+        def last_step():
+            loss_of(model, *last_batch).backward()
+            with torch.no_grad():
+                model.step(last_batch[0][:, 0], model.zero_states(options.batch))
+
+        operator_table.print_table(last_step, options.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Other packages' functions under their own names: code written for them runs on seqkern's operators.
+
+    import seqkern.compat
+    seqkern.compat.install()
+    from causal_conv1d import causal_conv1d_fn      # seqkern's
+
+One module per package, named like it. Call `install` before whatever imports the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from . import causal_conv1d
+
+__all__ = ["install", "installed", "uninstall"]
+
+_PACKAGES = (causal_conv1d,)
+_displaced: dict[str, ModuleType | None] = {}  # what stood in sys.modules under each name that `install` took
+
+
+def install(force: bool = False) -> list[str]:
+    """Places the packages in ``sys.modules``; returns the names of those it placed.
+
+    A package that is really installed is left alone, unless `force`. Placing twice changes nothing.
+
+    Example:
+        >>> import seqkern.compat
+        >>> with seqkern.compat.installed(force=True):
+        ...     from causal_conv1d import causal_conv1d_fn
+        >>> causal_conv1d_fn.__module__
+        'seqkern.compat.causal_conv1d'
+    """
+    placed = []
+    for source in _PACKAGES:
+        package = source.__name__.rpartition(".")[2]
+        if package in _displaced or (not force and importlib.util.find_spec(package) is not None):
+            continue
+        for name, contents in source.MODULES.items():
+            module = ModuleType(name, f"{source.__name__} in place of {name}.")
+            module.__spec__ = ModuleSpec(name, loader=None, is_package=name == package)
+            module.__version__ = source.VERSION
+            module.__dict__.update({item: getattr(source, item) for item in contents})
+            _displaced[name] = sys.modules.get(name)
+            sys.modules[name] = module
+            if name == package:
+                module.__path__ = []
+            else:
+                setattr(sys.modules[package], name.rpartition(".")[2], module)
+        placed.append(package)
+    return placed
+
+
+def uninstall() -> None:
+    """Undoes `install`. Modules that have imported a function meanwhile keep it."""
+    while _displaced:
+        name, module = _displaced.popitem()
+        if module is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = module
+
+
+@contextlib.contextmanager
+def installed(force: bool = False) -> Iterator[None]:
+    """`install` for the length of a ``with`` block."""
+    install(force)
+    try:
+        yield
+    finally:
+        uninstall()

@@ -1,0 +1,7 @@
+"""What tests and benchmarks share: the table of cases, comparison with references, timing."""
+
+from .cases import OPERATORS, Case, Inputs, Operator
+from .compare import assert_close, compare
+from .timing import Timing, interleaved
+
+__all__ = ["OPERATORS", "Case", "Inputs", "Operator", "Timing", "assert_close", "compare", "interleaved"]

@@ -1,0 +1,336 @@
+"""One table of cases for tests, gradients and benchmarks: what every operator is called with.
+
+An `Operator` states, as data, what its functions take and return. From that come its cases: a list of calls in which
+every pair of values of two factors (options, dtypes, direction, packing, memory layout, shapes) occurs. A new operator
+whose record joins OPERATORS is under the whole contract; what all operators share needs no new test.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+Factors = dict[str, tuple[Any, ...]]
+
+# What every operator can vary. `Operator.case` takes the first value of each factor unless told otherwise.
+COMMON: Factors = {
+    "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "parameter_dtype": ("same", torch.float32, torch.bfloat16, torch.float64),  # of parameters and initial states
+    "packing": ("none", "cu_seqlens", "seq_idx"),
+    "index_dtype": (torch.int32, torch.int64),  # of cu_seqlens
+    "reverse": (False, True),
+    "initial_state": (False, True),
+    "return_final_state": (False, True),
+    "layout": ("contiguous", "transposed", "strided", "expanded"),
+}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What an operator's functions take and return.
+
+    Shapes are written as letters: "B D L". B is the batch, L the time, N the rows of a state (B, or the number of
+    packed sequences), so that a test can cut time, pick a batch row or a sequence without knowing the operator.
+    """
+
+    name: str
+    function: Callable
+    step: Callable
+    reference: Callable
+    reference_step: Callable
+    arguments: dict[str, str]  # the differentiable tensors, in the order of the signature, and their shapes
+    outputs: dict[str, str]
+    step_state: str  # the step's name for what the function calls initial_state
+    step_options: tuple[str, ...]  # options that the step has as well
+    autocast: tuple[str, ...]  # arguments that autocast casts
+    factors: Factors
+    shape: str  # letters of the factor "shape"
+    small_shapes: tuple[tuple[int, ...], ...]  # for emulated kernels and transforms
+    tiny: Factors  # factors narrowed for numerical derivatives
+    options: Callable[[dict[str, Any]], dict[str, Any]]  # keyword options of a case, without packing and direction
+    state_sizes: Callable[[dict[str, Any]], dict[str, int]]  # letters that follow from the others
+    workspace_bytes: Callable[[dict[str, int], torch.dtype], int]  # of the backward, on the CPU
+    draw: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # normal variates to an argument's range
+
+    def case(self, **values: Any) -> Case:
+        """A case by hand: the first value of every factor, but for those given."""
+        unknown = values.keys() - self.factors.keys()
+        if unknown:
+            raise ValueError(f"{self.name} has no factors {sorted(unknown)}; it has {sorted(self.factors)}")
+        return Case(self, {name: values.get(name, choices[0]) for name, choices in self.factors.items()})
+
+    @functools.cached_property
+    def cases(self) -> list[Case]:
+        """Every pair of values of two factors, at sizes from nothing to thousands of tokens."""
+        return [Case(self, values) for values in covering(self.factors)]
+
+    @functools.cached_property
+    def small_cases(self) -> list[Case]:
+        """The same at a few dozen tokens."""
+        return [Case(self, values) for values in covering(self.factors | {"shape": self.small_shapes})]
+
+    @functools.cached_property
+    def tiny_cases(self) -> list[Case]:
+        """Every pair of options in float64 at sizes, and in layouts, for numerical derivatives."""
+        narrow: Factors = {"dtype": (torch.float64,), "parameter_dtype": ("same",), "index_dtype": (torch.int64,)}
+        narrow["layout"] = ("contiguous", "transposed", "strided")
+        return [Case(self, values) for values in covering(self.factors | narrow | self.tiny)]
+
+    def axis(self, name: str, letter: str) -> int | None:
+        """Where an argument or output has a dimension, or None."""
+        letters = (self.arguments | self.outputs)[name].split()
+        return letters.index(letter) if letter in letters else None
+
+    @property
+    def data(self) -> list[str]:
+        """Arguments with one value for every token."""
+        return [name for name in self.arguments if self.axis(name, "L") is not None]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an operator: a value for every factor."""
+
+    operator: Operator
+    values: dict[str, Any]
+
+    def __getitem__(self, factor: str) -> Any:
+        return self.values[factor]
+
+    def but(self, **values: Any) -> Case:
+        return replace(self, values=self.values | values)
+
+    def __str__(self) -> str:
+        parts = []
+        for name, value in self.values.items():
+            if value in (None, False) or (name == "parameter_dtype" and value == "same"):
+                continue
+            text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
+            parts.append(name if value is True else text if name in ("dtype", "shape", "layout") else f"{name}={text}")
+        return f"{self.operator.name}({' '.join(parts)})"
+
+    def inputs(self, device: str = "cpu", seed: int = 0) -> Inputs:
+        """Random tensors for this case, the same ones every time."""
+        generator = torch.Generator().manual_seed(seed)
+        sizes = dict(zip(self.operator.shape.split(), self["shape"], strict=True))
+        options = self.operator.options(self.values) | {"reverse": self["reverse"]}
+        options["return_final_state"] = self["return_final_state"]
+        sizes["N"] = sizes["B"]
+        if self["packing"] == "cu_seqlens":
+            bounds = _bounds(sizes["B"] * sizes["L"], generator)
+            sizes |= {"B": 1, "L": int(bounds[-1]), "N": len(bounds) - 1}
+            options["cu_seqlens"] = bounds.to(self["index_dtype"]).to(device)
+        elif self["packing"] == "seq_idx":
+            options["seq_idx"] = _seq_idx(sizes["B"], sizes["L"], generator).to(device)
+        sizes |= {letter: value for letter, value in self.values.items() if len(letter) == 1}
+        sizes |= self.operator.state_sizes(sizes | self.values)
+
+        tensors = {}
+        for name, letters in self.operator.arguments.items():
+            if self.values.get(name) is False:
+                continue
+            shape = [sizes[letter] for letter in letters.split()]
+            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            value = self.operator.draw.get(name, lambda t: t)(value)
+            is_data = name in self.operator.data or self["parameter_dtype"] == "same"
+            dtype = self["dtype"] if is_data else self["parameter_dtype"]
+            tensors[name] = _lay_out(value.to(device, dtype), self["layout"])
+        return Inputs(self.operator, tensors, options, sizes)
+
+
+@dataclass
+class Inputs:
+    """The arguments of one call."""
+
+    operator: Operator
+    tensors: dict[str, Tensor]  # differentiable arguments by name; those that are None are left out
+    options: dict[str, Any]
+    sizes: dict[str, int]
+
+    def but(self, tensors: dict[str, Tensor] | None = None, **options: Any) -> Inputs:
+        return replace(self, tensors=self.tensors | (tensors or {}), options=self.options | options)
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """With every tensor in one dtype, for references."""
+        return self.but({name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[self.operator.data[0]].dtype
+
+    @property
+    def accumulator(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def outputs(self, function: Callable | None = None, **tensors: Tensor) -> dict[str, Tensor]:
+        """Calls the operator, or another function of the same signature, and names what it returns."""
+        result = (function or self.operator.function)(**(self.tensors | tensors), **self.options)
+        result = result if isinstance(result, tuple) else (result,)
+        return dict(zip(self.operator.outputs, result, strict=False))
+
+    def cotangents(self, seed: int = 1) -> dict[str, Tensor]:
+        """Random gradients of the outputs, in their memory order."""
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            name: torch.empty_like(output).copy_(torch.randn(output.shape, generator=generator, dtype=torch.float64))
+            for name, output in self.outputs().items()
+        }
+
+    def gradients(
+        self, cotangents: dict[str, Tensor], function: Callable | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(outputs, gradients of the tensors, zeros where the call does not depend on one)."""
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.tensors.items()}
+        outputs = self.outputs(function, **leaves)
+        attached = {name: output for name, output in outputs.items() if output.requires_grad}  # not: an empty state
+        grads = torch.autograd.grad(
+            list(attached.values()),
+            list(leaves.values()),
+            [cotangents[name].to(output) for name, output in attached.items()],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        detached = {name: output.detach() for name, output in outputs.items()}
+        return detached, {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+    def step(self, t: int, state: Tensor, function: Callable | None = None, **options: Any) -> Tensor:
+        """Token t of this call through the step function, which moves `state` on."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name != "initial_state"}
+        for name in self.operator.data:
+            tensors[name] = tensors[name].select(self.operator.axis(name, "L"), t)
+        options = {name: self.options[name] for name in self.operator.step_options} | options
+        return (function or self.operator.step)(**tensors, **{self.operator.step_state: state}, **options)
+
+    def tokens(self, begin: int, end: int) -> Inputs:
+        """The same call on a part of the time."""
+        cut = {
+            name: self.tensors[name].narrow(self.operator.axis(name, "L"), begin, end - begin)
+            for name in self.operator.data
+        }
+        return replace(self.but(cut), sizes=self.sizes | {"L": end - begin})
+
+    def rows(self, letter: str, index: slice) -> Inputs:
+        """The same call on some batch rows ("B") or rows of the state ("N")."""
+        cut = {}
+        for name, tensor in self.tensors.items():
+            axis = self.operator.axis(name, letter)
+            if axis is not None:
+                cut[name] = tensor.movedim(axis, 0)[index].movedim(0, axis)
+        return self.but(cut)
+
+
+def covering(factors: Factors) -> list[dict[str, Any]]:
+    """A short list of choices in which every pair of values of two factors occurs together (greedy, deterministic)."""
+    names = list(factors)
+    missing = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i, j in itertools.product(range(len(factors[a])), range(len(factors[b])))
+    }
+
+    def pairs(row: dict[str, int]) -> Iterator[tuple]:
+        return itertools.combinations([(name, row[name]) for name in names if name in row], 2)
+
+    table = []
+    while missing:
+        row = dict(min(missing, key=lambda pair: [(names.index(name), i) for name, i in pair]))
+        for name in sorted(names, key=lambda name: -len(factors[name])):
+            if name not in row:
+                # Ties go round the values, so that what is covered already still varies.
+                turn = [(i + len(table)) % len(factors[name]) for i in range(len(factors[name]))]
+                row[name] = max(turn, key=lambda i: sum(pair in missing for pair in pairs(row | {name: i})))
+        missing.difference_update(pairs(row))
+        table.append({name: factors[name][row[name]] for name in names})
+    return table
+
+
+def _bounds(tokens: int, generator: torch.Generator) -> Tensor:
+    """cu_seqlens with empty sequences at both ends and in the middle."""
+    cuts = torch.randint(0, tokens + 1, (3,), generator=generator)
+    return torch.cat([torch.tensor([0, 0]), cuts, cuts[:1], torch.tensor([tokens, tokens])]).sort().values
+
+
+def _seq_idx(B: int, L: int, generator: torch.Generator) -> Tensor:
+    """Padding in front, between and behind, an id that comes again, and in every third row nothing but padding."""
+    rows = torch.full((B, L), -1, dtype=torch.int32)
+    for b in range(B):
+        if b % 3 == 2:
+            continue
+        cuts = [0, *torch.randint(0, L + 1, (4,), generator=generator).sort().values.tolist(), L]
+        ids = (4, 0, -1, 0, 7) if b % 3 == 0 else (-1, 2, 0, 0, -3)
+        for id, begin, end in zip(ids, cuts[:-1], cuts[1:], strict=True):
+            rows[b, begin:end] = id
+    return rows
+
+
+def _lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """In another memory order, or between NaNs, or with strides of zero (which repeats values)."""
+    if layout == "transposed" and tensor.dim() > 1:
+        return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "strided":
+        room = torch.full([2 * size for size in tensor.shape], float("nan"), dtype=tensor.dtype, device=tensor.device)
+        view = room[(slice(1, None, 2),) * tensor.dim()]
+        return view.copy_(tensor)
+    if layout == "expanded":
+        corner = tensor[:1] if tensor.dim() < 3 else tensor[:1, ..., :1]
+        return corner.expand_as(tensor)
+    return tensor
+
+
+def _conv_workspace_bytes(sizes: dict[str, int], accumulator: torch.dtype) -> int:
+    """Partial sums of the weight and bias gradients, one for each 4096 tokens of a row (csrc/causal_conv1d/tile.h)."""
+    chunks = -(-sizes["L"] // 4096)
+    return sizes["B"] * chunks * (sizes["W"] + 1) * sizes["D"] * accumulator.itemsize + 8
+
+
+CAUSAL_CONV1D = Operator(
+    name="causal_conv1d",
+    function=ops.causal_conv1d.causal_conv1d,
+    step=ops.causal_conv1d.causal_conv1d_step,
+    reference=ops.causal_conv1d.reference,
+    reference_step=ops.causal_conv1d.reference_step,
+    arguments={"x": "B D L", "weight": "D W", "bias": "D", "initial_state": "N D S"},
+    outputs={"y": "B D L", "final_state": "N D S"},
+    step_state="conv_state",
+    step_options=("activation", "dilation"),
+    autocast=("x", "weight"),
+    factors=COMMON
+    | {
+        "shape": (
+            (2, 3, 17),
+            (2, 3, 1),
+            (1, 5, 2),
+            (3, 2, 3),
+            (2, 16, 127),
+            (1, 33, 129),
+            (3, 7, 1000),
+            (1, 2, 4100),  # the weight gradient is summed in chunks of 4096 tokens
+            (0, 3, 5),
+            (2, 0, 5),
+            (2, 3, 0),
+        ),
+        "W": (4, 1, 2, 3, 5, 64),
+        "dilation": (1, 2, 3),
+        "bias": (False, True),
+        "activation": (None, "silu"),
+    },
+    shape="B D L",
+    small_shapes=((2, 3, 17), (1, 5, 2), (3, 2, 33), (2, 9, 8), (0, 3, 5), (2, 3, 0)),
+    tiny={"shape": ((2, 2, 5), (3, 1, 2)), "W": (3, 1), "dilation": (1, 2)},
+    options=lambda values: {"activation": values["activation"], "dilation": values["dilation"]},
+    state_sizes=lambda sizes: {"S": (sizes["W"] - 1) * sizes["dilation"]},
+    workspace_bytes=_conv_workspace_bytes,
+)
+
+OPERATORS = (CAUSAL_CONV1D,)

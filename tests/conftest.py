@@ -1,0 +1,106 @@
+"""Fixtures of the whole suite: poisoned memory, devices, and the table of cases.
+
+A test that takes `case`, `small_case`, `tiny_case` or `operator` runs for every entry of `seqkern.testing.OPERATORS`.
+One that also takes `device` runs its cases on the CPU, on emulated CUDA kernels, and on a GPU where there is one.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import seqkern
+from seqkern import ops
+from seqkern._load import library, load_emulator
+from seqkern.testing import OPERATORS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every tensor that torch or an operator allocates without a value is full of NaN.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+TABLES = ("case", "small_case", "tiny_case")
+
+
+def pytest_generate_tests(metafunc):
+    if "operator" in metafunc.fixturenames:
+        metafunc.parametrize("operator", OPERATORS, ids=str)
+    for table in TABLES:
+        if table not in metafunc.fixturenames:
+            continue
+        cases = [case for operator in OPERATORS for case in getattr(operator, f"{table}s")]
+        if "device" not in metafunc.fixturenames:
+            metafunc.parametrize(table, cases, ids=str)
+            continue
+        emulated = [case for operator in OPERATORS for case in operator.small_cases]
+        pairs = [("cpu", case) for case in cases]
+        pairs += [("emulator", case) for case in (emulated if table == "case" else cases)]
+        if torch.cuda.is_available():
+            pairs += [pytest.param("cuda", case, marks=pytest.mark.gpu) for case in cases]
+        metafunc.parametrize(f"device, {table}", pairs, indirect=["device"], ids=str)
+        return
+    if "device" in metafunc.fixturenames:
+        cuda = [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []
+        metafunc.parametrize("device", ["cpu", "emulator", *cuda], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """torch.ops.seqkern_emu: the CUDA kernels, compiled for the host, on CPU tensors."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    from emulator import build_library
+
+    namespace = load_emulator(build_library())
+    ops.register("seqkern_emu")
+    return namespace
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """Where the tensors live; for "emulator" on the CPU, with the operators replaced by emulated CUDA kernels."""
+    if request.param == "emulator":
+        monkeypatch.setattr(library, "ops", request.getfixturevalue("emulator"))
+        return "cpu"
+    return request.param
+
+
+@pytest.fixture
+def batch_invariant():
+    with seqkern.batch_invariant():
+        yield
+
+
+class Recorder:
+    """Stands in for torch.ops.seqkern and keeps every call."""
+
+    def __init__(self, namespace):
+        self.namespace, self.calls = namespace, []
+
+    def __getattr__(self, name):
+        op = getattr(self.namespace, name).default
+
+        def call(*args):
+            self.calls.append((op, [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]))
+            return op(*args)
+
+        return call
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """Runs a case, backward and a step included, and returns the calls (operator, arguments) that it made."""
+
+    def record(case, device="cpu"):
+        recorder = Recorder(library.ops)
+        inputs = case.inputs(device)
+        follow = case.but(packing="none", reverse=False, initial_state=True).inputs(device)
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "ops", recorder)
+            inputs.gradients(inputs.cotangents())
+            if follow.sizes["L"]:
+                follow.step(0, follow.tensors["initial_state"].clone(memory_format=torch.contiguous_format))
+        return recorder.calls
+
+    return record

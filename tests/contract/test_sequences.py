@@ -1,0 +1,314 @@
+"""What recurrences promise about time, packing and batches, mostly to the last bit."""
+
+import itertools
+
+import pytest
+import torch
+
+import seqkern
+from seqkern._sequences import runs
+
+pytestmark = pytest.mark.usefixtures("batch_invariant")
+
+
+def assert_bitwise(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(*(same_nan(t[name]) for t in (actual, expected))), name
+
+
+def same_nan(tensor):
+    """Bits as integers, with one pattern for every NaN."""
+    width = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.dtype.itemsize]
+    return torch.where(tensor.isnan(), torch.nan, tensor).contiguous().view(width)
+
+
+def with_state(case):
+    """The same case, with a state in and out."""
+    return case.but(initial_state=True, return_final_state=True)
+
+
+def per_row(operator, values):
+    """Those outputs and gradients that belong to one batch row or sequence: parameter gradients are sums over all."""
+    shapes = operator.outputs | {f"d{name}": letters for name, letters in operator.arguments.items()}
+    return {name: value for name, value in values.items() if {"B", "N"} & set(shapes[name].split())}
+
+
+def results(inputs, cotangents):
+    outputs, grads = inputs.gradients(cotangents)
+    return per_row(inputs.operator, outputs | grads)
+
+
+def axis(operator, name, letter):
+    """As Operator.axis, for gradients too."""
+    return operator.axis(name.removeprefix("d") if name not in operator.outputs else name, letter)
+
+
+def take(operator, values, letter, index):
+    """Batch rows, rows of states or a stretch of time of everything that has that dimension."""
+    cut = {}
+    for name, value in values.items():
+        at = axis(operator, name, letter)
+        cut[name] = value if at is None else value.movedim(at, 0)[index].movedim(0, at)
+    return cut
+
+
+def test_split_and_carry_equals_whole(small_case, device):
+    """In two calls, the state carried over and gradients flowing back through it."""
+    inputs = with_state(small_case).but(packing="none", dtype=torch.float64, parameter_dtype="same").inputs(device)
+    operator, L = inputs.operator, inputs.sizes["L"]
+    cotangents = inputs.cotangents()
+    outputs, grads = inputs.gradients(cotangents)
+    for cut in sorted({0, 1, L // 2, L} & set(range(L + 1))):
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in inputs.tensors.items()}
+        whole = inputs.but(leaves)
+        parts = [whole.tokens(0, cut), whole.tokens(cut, L)]
+        order = [1, 0] if inputs.options["reverse"] else [0, 1]
+        pieces, state = [None, None], leaves["initial_state"]
+        for i in order:
+            pieces[i] = parts[i].but({"initial_state": state}).outputs()
+            state = pieces[i]["final_state"]
+        joined = {
+            name: state if name == "final_state" else torch.cat([p[name] for p in pieces], operator.axis(name, "L"))
+            for name in outputs
+        }
+        carried = torch.autograd.grad(
+            list(joined.values()),
+            list(leaves.values()),
+            list(cotangents.values()),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        for name in outputs:
+            torch.testing.assert_close(joined[name], outputs[name], rtol=1e-10, atol=1e-10, msg=name)
+        for name, grad in zip(leaves, carried, strict=True):
+            torch.testing.assert_close(grad, grads[f"d{name}"], rtol=1e-10, atol=1e-10, msg=f"d{name} cut at {cut}")
+
+
+def test_packed_equals_separate(case, device):
+    inputs = with_state(case).but(packing="cu_seqlens").inputs(device)
+    operator, cotangents = inputs.operator, inputs.cotangents()
+    packed = results(inputs, cotangents)
+    bounds = inputs.options["cu_seqlens"].tolist()
+    for n, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        alone = inputs.tokens(begin, end).rows("N", slice(n, n + 1)).but(cu_seqlens=None)
+        share = take(operator, take(operator, cotangents, "L", slice(begin, end)), "N", slice(n, n + 1))
+        part = take(operator, take(operator, packed, "L", slice(begin, end)), "N", slice(n, n + 1))
+        assert_bitwise(part, results(alone, share))
+
+
+def test_seq_idx_equals_separate(case, device):
+    inputs = with_state(case).but(packing="seq_idx").inputs(device)
+    operator, seq_idx, reverse = inputs.operator, inputs.options["seq_idx"], inputs.options["reverse"]
+    B, L = seq_idx.shape
+    cotangents = inputs.cotangents()
+    packed = results(inputs, cotangents)
+    for run in runs(B, L, None, seq_idx, reverse):
+        row, time = slice(run.b, run.b + 1), slice(run.begin, run.end)
+
+        def part(values, row=row, time=time):
+            return take(operator, take(operator, take(operator, values, "L", time), "B", row), "N", row)
+
+        state = inputs.tensors["initial_state"][row]
+        alone = inputs.tokens(run.begin, run.end).rows("B", row).but(seq_idx=None)
+        alone = alone.but({"initial_state": state if run.initial is not None else torch.zeros_like(state)})
+        share = part(cotangents)
+        if run.final is None:
+            share["final_state"] = torch.zeros_like(share["final_state"])
+        expected, actual = results(alone, share), part(packed)
+        if run.final is None:
+            expected.pop("final_state"), actual.pop("final_state")
+        if run.initial is None:
+            expected.pop("dinitial_state"), actual.pop("dinitial_state")
+        assert_bitwise(actual, expected)
+
+
+def test_padding_is_zero_and_has_no_effect(operator, device):
+    inputs = operator.case(packing="seq_idx", initial_state=True, return_final_state=True).inputs(device)
+    padding = inputs.options["seq_idx"] < 0
+    cotangents = inputs.cotangents()
+
+    def poisoned(values):
+        """NaN at every padding token."""
+        return {name: mask(operator, name, value, padding, torch.nan) for name, value in values.items()}
+
+    outputs, grads = inputs.gradients(cotangents)
+    dirty = inputs.but(poisoned({name: inputs.tensors[name] for name in operator.data}))
+    dirty_outputs, dirty_grads = dirty.gradients(poisoned(cotangents))
+    assert_bitwise(dirty_outputs, outputs)
+    assert_bitwise(dirty_grads, grads)
+    for name, value in (outputs | grads).items():
+        if axis(operator, name, "L") is not None:
+            assert torch.equal(mask(operator, name, value, padding, 0), value), name
+
+
+def mask(operator, name, value, tokens, fill):
+    """`value` with `fill` where the (B, L) mask is true, unchanged if it has no time."""
+    b, t = axis(operator, name, "B"), axis(operator, name, "L")
+    if t is None:
+        return value
+    rest = value.dim() - 2
+    spread = tokens.reshape(*tokens.shape, *[1] * rest)
+    return value.masked_fill(spread.movedim((0, 1), (b, t)), fill)
+
+
+def test_batch_size_and_position_change_nothing(case, device):
+    inputs = with_state(case).but(packing="none").inputs(device)
+    operator, cotangents = inputs.operator, inputs.cotangents()
+    together = results(inputs, cotangents)
+
+    def row(values, b):
+        index = slice(b, b + 1)
+        return take(operator, take(operator, values, "B", index), "N", index)
+
+    for b in range(inputs.sizes["B"]):
+        index = slice(b, b + 1)
+        assert_bitwise(results(inputs.rows("B", index).rows("N", index), row(cotangents, b)), row(together, b))
+
+    order = torch.randperm(inputs.sizes["B"], generator=torch.Generator().manual_seed(0))
+    shuffled = take(operator, take(operator, cotangents, "B", order), "N", order)
+    expected = take(operator, take(operator, together, "B", order), "N", order)
+    assert_bitwise(results(inputs.rows("B", order).rows("N", order), shuffled), expected)
+
+
+def flipped(operator, values):
+    return {
+        name: value if axis(operator, name, "L") is None else value.flip(axis(operator, name, "L"))
+        for name, value in values.items()
+    }
+
+
+def test_reverse_is_forward_on_flipped_time(case, device):
+    """Bitwise, parameter gradients to rounding: their sum runs the other way."""
+    inputs = with_state(case).but(packing="none", layout="contiguous").inputs(device)
+    operator, cotangents = inputs.operator, inputs.cotangents()
+    mirrored = inputs.but(
+        {name: inputs.tensors[name].flip(operator.axis(name, "L")) for name in operator.data},
+        reverse=not inputs.options["reverse"],
+    )
+    actual = flipped(operator, results(mirrored, flipped(operator, cotangents)))
+    assert_bitwise(actual, results(inputs, cotangents))
+
+
+def test_reverse_of_packs(operator, device):
+    """Sequences stay where they are; only time within them runs backwards."""
+    inputs = operator.case(packing="cu_seqlens", initial_state=True, return_final_state=True).inputs(device)
+    L, bounds = inputs.sizes["L"], inputs.options["cu_seqlens"]
+    mirrored = inputs.but(
+        {name: inputs.tensors[name].flip(operator.axis(name, "L")) for name in operator.data}
+        | {"initial_state": inputs.tensors["initial_state"].flip(0)},
+        reverse=True,
+        cu_seqlens=(L - bounds).flip(0),
+    )
+    outputs = flipped(operator, mirrored.outputs())
+    outputs["final_state"] = outputs["final_state"].flip(0)
+    assert_bitwise(outputs, inputs.outputs())
+
+
+def test_a_changed_token_changes_nothing_before_it(small_case, device):
+    inputs = small_case.but(packing="none").inputs(device)
+    operator, L = inputs.operator, inputs.sizes["L"]
+    before = inputs.outputs()["y"]
+    time = operator.axis("y", "L")
+    for t in range(L):
+        changed = {}
+        for name in operator.data:
+            changed[name] = inputs.tensors[name].clone()
+            changed[name].select(operator.axis(name, "L"), t).add_(1)
+        after = inputs.but(changed).outputs()["y"]
+        begin, length = (t + 1, L - t - 1) if inputs.options["reverse"] else (0, t)
+        assert torch.equal(after.narrow(time, begin, length), before.narrow(time, begin, length))
+        assert inputs.sizes["B"] == 0 or not torch.equal(after.select(time, t), before.select(time, t))
+
+
+def test_a_changed_cotangent_changes_no_gradient_behind_it(operator, device):
+    """Causality of the backward: dy at t reaches dx at t and before."""
+    inputs = operator.case(initial_state=True).inputs(device)
+    cotangents = inputs.cotangents()
+    _, before = inputs.gradients(cotangents)
+    t = inputs.sizes["L"] // 2
+    cotangents["y"].select(operator.axis("y", "L"), t).add_(1)
+    _, after = inputs.gradients(cotangents)
+    for name in operator.data:
+        time = operator.axis(name, "L")
+        behind = [grads[f"d{name}"].narrow(time, t + 1, inputs.sizes["L"] - t - 1) for grads in (before, after)]
+        assert torch.equal(*behind)
+        assert not torch.equal(before[f"d{name}"].select(time, t), after[f"d{name}"].select(time, t))
+
+
+@pytest.mark.parametrize("packing", ["none", "cu_seqlens", "seq_idx"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_stay_in_their_sequence(operator, device, packing, reverse, bad):
+    if packing not in operator.factors["packing"]:
+        pytest.skip(f"{operator} has no {packing}")
+    options = {"activation": "silu"} if "activation" in operator.factors else {}
+    case = operator.case(packing=packing, reverse=reverse, initial_state=True, return_final_state=True, **options)
+    inputs = case.inputs(device)
+    cotangents = inputs.cotangents()
+    clean = results(inputs, cotangents)
+    B, L = (inputs.tensors[operator.data[0]].shape[operator.axis(operator.data[0], letter)] for letter in "BL")
+    everything = runs(B, L, inputs.options.get("cu_seqlens"), inputs.options.get("seq_idx"), reverse)
+    run = max(everything, key=lambda run: run.end - run.begin)
+    t = (run.begin + run.end) // 2
+    hit = torch.zeros(B, L, dtype=torch.bool, device=device)
+    hit[run.b, t] = True
+    for name in operator.data:
+        sick_inputs = inputs.but({name: mask(operator, name, inputs.tensors[name], hit, bad)})
+        outputs, grads = sick_inputs.gradients(cotangents)
+        sick = per_row(operator, outputs | grads)
+        exact = sick_inputs.to(torch.float64).outputs(operator.reference)
+
+        own = torch.zeros(B, L, dtype=torch.bool, device=device)
+        own[run.b, run.begin : run.end] = True
+        before = torch.zeros_like(own)
+        before[run.b, slice(t + 1, run.end) if reverse else slice(run.begin, t)] = True
+        # Other sequences, outputs and gradients alike, and earlier outputs of this one: the same bits.
+        for key, value in sick.items():
+            if axis(operator, key, "L") is not None:
+                may_differ = own & ~before if key in operator.outputs else own
+                unchanged = ({key: mask(operator, key, v, may_differ, 0)} for v in (value, clean[key]))
+                assert_bitwise(*unchanged)
+            elif axis(operator, key, "N") is not None:
+                mine = run.initial if key.startswith("d") else run.final
+                others = [n for n in range(inputs.sizes["N"]) if n != mine]
+                assert_bitwise({key: value[others]}, {key: clean[key][others]})
+        # A finite number stands only where the truth is finite, and is then right.
+        for key, value in outputs.items():
+            truth = exact[key].isfinite()
+            assert not (value.isfinite() & ~truth).any(), key
+            assert not truth.all() or axis(operator, key, "L") is None, "the case does not show anything"
+            near = value.isfinite()
+            torch.testing.assert_close(value[near].double(), exact[key][near], rtol=1e-4, atol=1e-4)
+        assert not any(grad.isfinite().all() for key, grad in grads.items() if axis(operator, key, "L") is not None)
+
+
+@pytest.mark.parametrize("factors", [{}, {"layout": "transposed"}, {"packing": "cu_seqlens"}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_run_to_run_and_thread_count(operator, factors, dtype):
+    """Bitwise, parameter gradients included, at a size that is worth dividing."""
+    B, *_ = operator.factors["shape"][0]
+    long = (B, 24, 6000)
+    shape = tuple(dict(zip("BDL", long, strict=True)).get(letter, 2) for letter in operator.shape.split())
+    inputs = operator.case(shape=shape, dtype=dtype, initial_state=True, return_final_state=True, **factors).inputs()
+    cotangents = inputs.cotangents()
+    threads = torch.get_num_threads()
+    try:
+        seen = []
+        for count in (1, 1, 2, 3, 2):
+            torch.set_num_threads(count)
+            outputs, grads = inputs.gradients(cotangents)
+            seen.append(outputs | grads)
+    finally:
+        torch.set_num_threads(threads)
+    for other in seen[1:]:
+        assert_bitwise(other, seen[0])
+
+
+def test_batch_invariant_is_scoped():
+    from seqkern._config import settings
+
+    assert settings.batch_invariant
+    with seqkern.batch_invariant():
+        assert settings.batch_invariant
+    assert settings.batch_invariant

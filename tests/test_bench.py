@@ -1,0 +1,198 @@
+"""The benchmark programs: what they report, what they refuse to report, and that they end in time."""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tarfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from seqkern.testing import OPERATORS
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCH = ROOT / "bench"
+TINY = ["--as-installed", "--quick", "--device", "cpu", "--filter", r"step \(8, 1536\) float32"]
+
+
+@pytest.fixture(autouse=True)
+def bench_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def run(*command):
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A run of one row: what it printed, and its JSON."""
+    out = tmp_path_factory.mktemp("bench")
+    done = run(BENCH / "run.py", *TINY, "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*/causal_conv1d.json")
+    return done.stdout, json.loads(path.read_text()), path
+
+
+def test_json_is_complete(report):
+    _, contents, path = report
+    assert contents["schema"] == 1
+    assert (contents["operator"], contents["device"]) == ("causal_conv1d", "cpu")
+    machine = contents["machine"]
+    assert {"device", "cores", "threads", "python", "isa", "versions", "commit", "dirty"} <= machine.keys()
+    assert {"seqkern", "torch"} <= machine["versions"].keys()
+    assert contents["ceilings"]["float32"] > 0 and all(rate > 0 for rate in contents["ceilings"]["copy"].values())
+    (row,) = contents["rows"]
+    assert all(line["ok"] for line in row["check"]) and len(row["check"]) == 2  # the output and the state
+    assert row["floor_us"] > 0 and row["empty_us"] > 0 and row["bytes"] > 0
+    for name in ("seqkern", "torch", "copy"):
+        for condition in ("warm", "cold"):
+            time = row["times"][name][condition]
+            assert 0 < time["min_us"] <= time["low_us"] <= time["median_us"] <= time["high_us"] <= time["max_us"]
+            assert len(time["samples_us"]) >= 3
+    assert row["ratios"]["torch"]["median"] > 0
+    assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_every_competitor_is_named_with_its_error_or_its_absence(report):
+    from cases import rows
+    from peers import peers
+
+    text, contents, _ = report
+    (row,) = contents["rows"]
+    (choice,) = [choice for choice in rows("causal_conv1d", "cpu") if choice.label == row["label"]]
+    for peer in peers("causal_conv1d"):
+        if peer.takes(choice):
+            assert (peer.name in row["errors"]) != (peer.name in row["absent"]), peer.name
+            assert peer.name in text
+    assert all(error < 1e-6 for error in row["errors"].values())
+
+
+def test_wrong_result_is_not_timed(tmp_path):
+    planted = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(BENCH)!r})
+        import seqkern
+        right = seqkern.causal_conv1d_step
+
+        def wrong(*args, **kwargs):
+            y = right(*args, **kwargs)
+            y[3, 100] += 1e-4
+            return y
+
+        seqkern.causal_conv1d_step = wrong
+        import run
+        sys.exit(run.main({[*TINY, "--out", str(tmp_path)]!r}))
+    """)
+    done = run("-c", planted)
+    assert done.returncode == 1, done.stderr
+    assert "WRONG RESULTS" in done.stdout and "output 0" in done.stdout
+    assert "GB/s" not in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_every_operator_has_rows():
+    import cases
+
+    assert cases.operators() == sorted(operator.name for operator in OPERATORS)
+    for op in cases.operators():
+        for device in ("cpu", "cuda"):
+            labels = [row.label for row in cases.rows(op, device)]
+            assert len(labels) == len(set(labels))
+        assert {row.kind for row in cases.rows(op, "cpu")} == {"forward", "forward+backward", "step"}
+
+
+def test_list_and_filters():
+    cpu = [BENCH / "run.py", "--as-installed", "--device", "cpu"]
+    labels = run(*cpu, "--list", "--dtype", "bfloat16", "--filter", "step").stdout.splitlines()
+    assert labels and all("step" in label and "bfloat16" in label for label in labels)
+    assert run(*cpu, "--filter", "no such row").returncode == 2
+
+
+def test_base_needs_a_commit():
+    done = run(BENCH / "run.py", *TINY, "--base", "no-such-ref")
+    assert done.returncode != 0 and "--base no-such-ref: no such commit" in done.stderr
+
+
+def test_base_workers_answer_with_samples():
+    import cases
+    import compare
+
+    row = next(row for row in cases.rows("causal_conv1d", "cpu") if row.kind == "step")
+    worker = compare.Worker(None, threads=1)
+    samples = worker.ask(row)
+    missing = worker.ask(argparse.Namespace(device="cpu", label="causal_conv1d of another kind"))
+    worker.close()
+    assert len(samples) > 3 and min(samples) > 0 and missing is None
+    assert "1.000" in compare._compared(row.label, samples, samples)
+
+
+def test_pages_are_reused_or_fresh():
+    from measure import fresh_pages, reused_pages
+
+    def allocate():
+        torch.ones(2**24)  # 64 MB, 16384 pages of 4 KB
+
+    def faults(call):
+        call()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        call()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with reused_pages():
+        assert faults(allocate) < 100
+        assert faults(fresh_pages(allocate)) > 10000
+
+
+def test_reference_of_a_peer_comes_from_its_sdist(tmp_path, monkeypatch):
+    from peers import Missing, functions_of_sdist
+
+    with pytest.raises(Missing):
+        functions_of_sdist("other/ops.py", ("f",), {})
+    source = tmp_path / "other-1.0" / "other" / "ops.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("import nowhere\n\ndef f(x):\n    return scale * x\n")
+    archive = tmp_path / "other-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source.parent.parent, "other-1.0")
+    for sdist in (archive, source.parent.parent):
+        monkeypatch.setenv("SEQKERN_PEER_SDIST", str(sdist))
+        (f,) = functions_of_sdist("other/ops.py", ("f",), {"scale": 2})
+        assert f(21) == 42
+
+
+def test_gpu_dry_run(tmp_path):
+    done = run(BENCH / "gpu.py", "--dry-run", "--only", "risks,sanitizers,ncu", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + (tmp_path / "gpu.log").read_text()
+    contents = json.loads((tmp_path / "gpu.json").read_text())
+    assert [stage["stage"] for stage in contents["stages"]] == ["risks", "sanitizers", "ncu"]
+    assert {line["risk"] for line in contents["risks"]} >= {"load", "numerics", "side_stream", "graph", "second_device"}
+
+
+def test_gpu_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path):
+    import gpu
+
+    def hang(session):
+        return session.python("-c", "import time; time.sleep(60)")
+
+    def succeed(session):
+        return session.python("-c", "print('still here')").strip()
+
+    session = gpu.Session(argparse.Namespace(wheel=None, dry_run=True, out=tmp_path))
+    stages = [gpu.Stage("hanging", hang, limit_s=1, reserve_s=0), gpu.Stage("next", succeed, limit_s=30, reserve_s=5)]
+    assert gpu.run(session, stages)
+    first, second = json.loads((tmp_path / "gpu.json").read_text())["stages"]
+    assert first["verdict"] == "timeout" and first["seconds"] < 10
+    assert (second["verdict"], second["detail"]) == ("pass", "still here")
+
+
+def test_gpu_deadline_is_shared_out():
+    import gpu
+
+    assert sum(stage.reserve_s for stage in gpu.STAGES) + gpu.STAGES[0].limit_s <= gpu.DEADLINE_S
+    assert next(stage for stage in gpu.STAGES if stage.name == "tests").limit_s <= 240

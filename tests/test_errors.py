@@ -1,0 +1,187 @@
+"""Bad input is refused in a sentence that names operator, argument, expected and given, before anything is written."""
+
+import re
+
+import pytest
+import torch
+
+from seqkern.testing import OPERATORS
+
+
+def resized(tensor, at, change):
+    shape = list(tensor.shape)
+    shape[at] += change
+    return tensor.new_ones(shape)
+
+
+def bad_tensors(inputs):
+    """(argument, a tensor that does not fit it, what the message says), for every argument and dimension."""
+    known = set()
+    for i, (name, letters) in enumerate(inputs.operator.arguments.items()):
+        tensor = inputs.tensors[name]
+        yield name, tensor[None], r"must be \(.*\), got \(1, .*\)"
+        yield name, tensor[0], r"must be \(.*\), got \(.*\)"
+        yield name, tensor.int(), "must be float32, bfloat16, float16 or float64, got int32"
+        if i > 0:
+            yield name, tensor.to("meta"), f"must be on the device of {inputs.operator.data[0]}"
+        for at, letter in enumerate(letters.split()):
+            if letter in known | {"N", "S"}:
+                size = tensor.shape[at]
+                for change in (1, -1):
+                    expected, given = rf"\(.*={size}\b.*\)", rf"\(.*\b{size + change}\b.*\)"
+                    yield name, resized(tensor, at, change), f"must be {expected}, got {given}"
+        known |= set(letters.split())
+
+
+def every_argument(operator):
+    values = {name: True for name in operator.arguments if name in operator.factors}
+    return operator.case(return_final_state=True, **values).inputs()
+
+
+def test_tensors_that_do_not_fit(operator, device):
+    inputs = every_argument(operator)
+    for name, tensor, message in bad_tensors(inputs):
+        with pytest.raises(RuntimeError, match=rf"^{operator}: {name} {message}"):
+            inputs.outputs(**{name: tensor})
+
+
+def test_tensors_that_do_not_fit_a_step(operator, device):
+    """Parameters and the state; the state, which the step would write, stays as it is."""
+    inputs = every_argument(operator)
+    state = inputs.tensors["initial_state"].clone()
+    untouched = state.clone()
+    for name, tensor, message in bad_tensors(inputs):
+        if name in [*operator.data, "initial_state"]:
+            continue
+        with pytest.raises(RuntimeError, match=f"^{operator}_step: {name} {message}"):
+            inputs.but({name: tensor}).step(0, state)
+        assert torch.equal(state, untouched)
+    for bad, message in [
+        (state[0], r"must be \(.*\), got \(.*\)"),
+        (state[:, :-1], r"must be \(.*\), got \(.*\)"),
+        (state[:-1], "must have R=B=2 rows, got 1; pass state_indices to pick rows"),
+        (state.int(), "must be float32, bfloat16, float16 or float64, got int32"),
+        (state.to("meta"), "must be on the device of"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"^{operator}_step: {operator.step_state} {message}"):
+            inputs.step(0, bad)
+
+
+@pytest.mark.parametrize("indices", ["float", "long", "short", "beyond"])
+def test_state_indices_that_do_not_fit(operator, device, indices, monkeypatch):
+    monkeypatch.setenv("SEQKERN_CHECK", "1")  # CUDA kernels check values only on request
+    inputs = every_argument(operator)
+    state = inputs.tensors["initial_state"].clone()
+    untouched, B = state.clone(), inputs.sizes["B"]
+    bad, message = {
+        "float": (torch.zeros(B), "must be int32 or int64, got float32"),
+        "long": (torch.arange(B + 1), rf"must be \(B={B},\), got \({B + 1},\)"),
+        "short": (torch.arange(B - 1), rf"must be \(B={B},\), got \({B - 1},\)"),
+        "beyond": (torch.full((B,), B), f"must be below R={B}, got {B}; negative rows are skipped"),
+    }[indices]
+    with pytest.raises(RuntimeError, match=f"^{operator}_step: state_indices {message}"):
+        inputs.step(0, state, state_indices=bad.to(device))
+    assert torch.equal(state, untouched)
+
+
+PACKINGS = {
+    "both": ({"cu_seqlens": [0, 34], "seq_idx": [[0] * 34]}, "cu_seqlens and seq_idx exclude each other"),
+    "starts late": ({"cu_seqlens": [1, 34]}, "cu_seqlens must start at 0 and end at L=34, got 1 and 34"),
+    "ends early": ({"cu_seqlens": [0, 33]}, "cu_seqlens must start at 0 and end at L=34, got 0 and 33"),
+    "ends late": ({"cu_seqlens": [0, 35]}, "cu_seqlens must start at 0 and end at L=34, got 0 and 35"),
+    "decreases": ({"cu_seqlens": [0, 9, 7, 34]}, "cu_seqlens must not decrease, got 9 then 7 at 2"),
+    "negative": ({"cu_seqlens": [0, -1, 34]}, "cu_seqlens must not decrease, got 0 then -1 at 1"),
+    "empty": ({"cu_seqlens": []}, r"cu_seqlens must be \(N \+ 1,\) with at least one element, got \(0,\)"),
+    "two dimensions": ({"cu_seqlens": [[0, 34]]}, r"cu_seqlens must be \(N \+ 1,\), got \(1, 2\)"),
+    "ids short": ({"seq_idx": [[0] * 33]}, r"seq_idx must be \(B=1, L=34\), got \(1, 33\)"),
+    "ids flat": ({"seq_idx": [0] * 34}, r"seq_idx must be \(B=1, L=34\), got \(34,\)"),
+}
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_packings_that_do_not_fit(operator, device, packing, monkeypatch):
+    monkeypatch.setenv("SEQKERN_CHECK", "1")  # CUDA kernels check values only on request
+    options, message = PACKINGS[packing]
+    inputs = operator.case(packing="cu_seqlens", return_final_state=True).inputs(device)
+    assert inputs.sizes["L"] == 34
+    given = {name: torch.tensor(value, dtype=torch.int32, device=device) for name, value in options.items()}
+    with pytest.raises(RuntimeError, match=f"^{operator}: {message}"):
+        inputs.but(**({"cu_seqlens": None} | given)).outputs()
+
+
+def test_packings_of_other_dtypes_and_batches(operator, device):
+    inputs = operator.case().inputs(device)
+    B, L = inputs.sizes["B"], inputs.sizes["L"]
+    bounds, ids = torch.tensor([0, L], device=device), torch.zeros(B, L, dtype=torch.int64, device=device)
+    with pytest.raises(RuntimeError, match=f"^{operator}: cu_seqlens needs a batch of B=1, got B={B}; concatenate"):
+        inputs.but(cu_seqlens=bounds).outputs()
+    with pytest.raises(RuntimeError, match=f"^{operator}: cu_seqlens must be int32 or int64, got float32"):
+        inputs.rows("B", slice(0, 1)).but(cu_seqlens=bounds.float()).outputs()
+    with pytest.raises(RuntimeError, match=f"^{operator}: seq_idx must be int32, got int64; convert it with .int()"):
+        inputs.but(seq_idx=ids).outputs()
+    with pytest.raises(RuntimeError, match=f"^{operator}: seq_idx must be on the device of"):
+        inputs.but(seq_idx=ids.int().to("meta")).outputs()
+
+
+def test_a_gradient_that_does_not_fit(operator, device, record):
+    """The backward checks what it is given as the forward does."""
+    bwd, (dy, *rest) = next(call for call in record(operator.case(), device) if call[0].name().endswith("_bwd"))
+    for bad, message in [
+        (dy[..., 1:], r"dy must be \(.*\), got \(.*\)"),
+        (dy.double(), r"dy must have the dtype of \w+ \(float32\), got float64"),
+        (dy.to("meta"), "dy must be on the device of"),
+    ]:
+        with pytest.raises(RuntimeError, match=f"^{operator}: {message}"):
+            bwd(bad, *rest)
+
+
+# What is particular to an operator: (options, tensors by a function of the inputs, error, message).
+PARTICULAR = {
+    "causal_conv1d": [
+        ({"activation": "relu"}, None, ValueError, 'activation must be None, "silu" or "swish", got \'relu\''),
+        ({"dilation": 0}, None, RuntimeError, "dilation must be 1 to .*, got 0"),
+        ({"dilation": -1}, None, RuntimeError, "dilation must be 1 to .*, got -1"),
+        ({}, lambda i: {"weight": torch.ones(3, 0)}, RuntimeError, "the width W of weight must be 1 to 64, got 0"),
+        ({}, lambda i: {"weight": torch.ones(3, 65)}, RuntimeError, "the width W of weight must be 1 to 64, got 65"),
+        ({}, lambda i: {"weight": torch.ones(32, 4)}, RuntimeError, r"weight must be \(D=3, W\), got \(32, 4\)"),
+    ],
+}
+PARTICULAR_STEP = {
+    "causal_conv1d": [
+        ({"activation": "relu"}, {}, ValueError, 'activation must be None, "silu" or "swish", got \'relu\''),
+        ({"dilation": 0}, {}, RuntimeError, "dilation must be 1 to .*, got 0"),
+        ({"dilation": 2}, {}, RuntimeError, r"conv_state must have at least \(W-1\)\*dilation=6 columns, got 3"),
+        ({}, {"weight": torch.ones(3, 65)}, RuntimeError, "the width W of weight must be 1 to 64, got 65"),
+    ],
+}
+
+
+def test_particular_options(operator, device):
+    for options, tensors, error, message in PARTICULAR[operator.name]:
+        inputs = operator.case(return_final_state=True).inputs(device)
+        given = {name: tensor.to(device) for name, tensor in (tensors(inputs) if tensors else {}).items()}
+        with pytest.raises(error, match=f"^{operator}: {message}"):
+            inputs.but(given, **options).outputs()
+
+
+def test_particular_options_of_the_step(operator, device):
+    for options, tensors, error, message in PARTICULAR_STEP[operator.name]:
+        inputs = operator.case(initial_state=True).inputs(device)
+        state = inputs.tensors["initial_state"].clone()
+        untouched = state.clone()
+        given = {name: tensor.to(device) for name, tensor in tensors.items()}
+        with pytest.raises(error, match=f"^{operator}_step: {message}"):
+            inputs.but(given).step(0, state, **options)
+        assert torch.equal(state, untouched)
+
+
+def test_every_operator_lists_its_options():
+    assert PARTICULAR.keys() == PARTICULAR_STEP.keys() == {operator.name for operator in OPERATORS}
+
+
+def test_messages_are_one_sentence_about_shapes(operator):
+    """The example of the style: who, what, expected, given."""
+    inputs = every_argument(operator)
+    with pytest.raises(RuntimeError) as raised:
+        inputs.outputs(**{name: tensor[None] for name, tensor in inputs.tensors.items()})
+    assert re.fullmatch(rf"{operator}: \w+ must be \([A-Z, ]+\), got \([0-9, ]+\)", str(raised.value).splitlines()[0])

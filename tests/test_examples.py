@@ -1,0 +1,80 @@
+"""The examples run to their end, on a small text and for a few steps, and say what they promise."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+# The seqkern that these tests import is the one to run: setting up another is no part of an example's work.
+RUN = """
+import runpy, sys, types
+sys.modules["bootstrap"] = types.SimpleNamespace(ensure=lambda *extras: None)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(example, *arguments, cwd):
+    command = [sys.executable, "-c", RUN, str(EXAMPLES / example), *arguments]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def train_text(tmp_path_factory):
+    """Runs train_text.py from another folder on a small text."""
+    folder = tmp_path_factory.mktemp("train_text")
+    (folder / "text.txt").write_text("How many more times must the wheel go round? " * 200)
+    arguments = "--steps 3 --text text.txt --sample-length 30 --prompt the --batch 2 --length 64".split()
+
+    def call(*more):
+        return run("train_text.py", *arguments, *more, cwd=folder)
+
+    return call
+
+
+def sample_of(output):
+    return re.search(r"^--- written one token at a time\n(.*)\n---$", output, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_train_text(train_text):
+    output = train_text()
+    first, last = (float(x) for x in re.findall(r"loss ([\d.]+) nats/byte .* tokens/s", output)[::2])
+    assert last < first
+    assert re.search(r"^validation loss [\d.]+ nats/byte", output, re.MULTILINE)
+
+    sample = sample_of(output)
+    assert sample.startswith("the") and len(sample.encode(errors="replace")) >= 33
+
+    logits = re.search(r"step by step against at once: (\S+)", output)
+    assert float(logits[1]) < 1e-4
+
+    rows = re.findall(r"^(causal_conv1d\S*) +(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +[\d.]+x +(\S+)$", output, re.MULTILINE)
+    assert [(row[0], row[1]) for row in rows] == [
+        ("causal_conv1d", "forward"),
+        ("causal_conv1d", "forward + backward"),
+        ("causal_conv1d_step", "step"),
+    ]
+    for *_, calls, ours_ms, plain_ms, difference in rows:
+        assert int(calls) > 0 and float(ours_ms) > 0 and float(plain_ms) > 0 and float(difference) < 1e-4
+
+
+def test_train_text_repeats_with_a_seed(train_text):
+    once, again, other = (train_text("--seed", seed) for seed in ("1", "1", "2"))
+    assert sample_of(once) == sample_of(again) != sample_of(other)
+    assert re.search("validation loss .*", once)[0] == re.search("validation loss .*", again)[0]
+
+
+def test_train_text_in_bfloat16(train_text):
+    assert "causal_conv1d_step" in train_text("--dtype", "bfloat16")
+
+
+def test_train_text_refuses_a_text_that_is_too_short(tmp_path):
+    (tmp_path / "text.txt").write_text("too short")
+    with pytest.raises(AssertionError, match=r"train_text: text\.txt has 9 bytes"):
+        run("train_text.py", "--text", "text.txt", cwd=tmp_path)
