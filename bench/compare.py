@@ -118,6 +118,7 @@ def work(threads: int) -> None:
     from contest import OURS
     from measure import reused_pages, timed
 
+    torch.set_grad_enabled(False)
     if threads:
         torch.set_num_threads(threads)
     current = call = None

@@ -1,5 +1,6 @@
 """One row of the table: seqkern and its competitors are checked against float64, then take turns."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,7 +20,7 @@ EMPTY = "empty operator"
 
 @dataclasses.dataclass
 class Result:
-    """A finished row. Times are lists of samples in microseconds, under "warm", "cold", "fresh" and "graph"."""
+    """A finished row. Times are by name and condition: "warm", "cold", "fresh" and on CUDA "graph"."""
 
     row: Row
     check: list  # of seqkern.testing.compare
@@ -30,6 +31,13 @@ class Result:
     floor_of: str  # "bytes" or "flops"
     empty_us: float | None  # of the empty operator, in rows of one step
     others_share: float  # of the machine, used by other programs while this was timed
+
+    def condition(self, name: str) -> str:
+        """The condition that stands for a contestant's steady speed: on CUDA without the cost of launches, if possible."""
+        return "graph" if "graph" in self.times[name] else "warm"
+
+    def time(self, name: str) -> Timing:
+        return self.times[name][self.condition(name)]
 
 
 # Returns a view of its argument and does nothing else: what a call through torch.ops costs at least.
@@ -58,19 +66,21 @@ class Contest:
         else:
             self.functions[peer.name] = function
 
-    def call(self, function: Callable, inputs: dict | None = None) -> Callable[[], tuple]:
-        """The row's call of `function` without arguments; it returns the outputs, then the gradients."""
+    def call(self, function: Callable, inputs: dict | None = None) -> Callable:
+        """The row's call of `function` without arguments; it returns the outputs, then the gradients.
+
+        The caller has gradients disabled, as in inference.
+        """
         inputs = self.inputs if inputs is None else inputs
         if self.row.kind != "forward+backward":
-            forward = torch.no_grad()(functools.partial(function, **inputs))
-            return lambda: _tuple(forward())
+            return functools.partial(function, **inputs)
         inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in self.row.gradients}
         leaves = [inputs[name] for name in self.row.gradients]
-        with torch.no_grad():
-            cotangents = [_noise_like(output) for output in _tuple(function(**inputs))]
+        cotangents = [_noise_like(output) for output in _tuple(function(**inputs))]
 
         def both():
-            outputs = _tuple(function(**inputs))
+            with torch.enable_grad():
+                outputs = _tuple(function(**inputs))
             return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
 
         return both
@@ -82,7 +92,7 @@ class Contest:
         }
         if dtype is not None:
             inputs = {name: value.to(dtype) if _is_data(value) else value for name, value in inputs.items()}
-        results = self.call(function, inputs)()
+        results = _tuple(self.call(function, inputs)())
         named = {f"output {i}": tensor.detach() for i, tensor in enumerate(results)}
         return named | {name: inputs[name] for name in self.row.updates}
 
@@ -118,12 +128,13 @@ class Contest:
                 if all(fresh.values()):
                     for name, timing in take_turns(fresh, rounds=cold_rounds)[0].items():
                         times[name]["fresh"] = timing
-        if device == "cuda" and row.kind == "step":
-            graphs, _ = take_turns({name: captured(calls[name]) for name in (OURS, COPY)}, rounds=rounds)
+        if device == "cuda":
+            graphs, _ = take_turns(_captured({name: calls[name] for name in calls if name != EMPTY}), rounds=rounds)
             for name, timing in graphs.items():
                 times[name]["graph"] = timing
 
-        floors = {"bytes": warm[COPY].median_us, "flops": row.flops / ceilings["float32"] / 1e3}
+        copy_us = times[COPY].get("graph", warm[COPY]).median_us
+        floors = {"bytes": copy_us, "flops": row.flops / ceilings["float32"] / 1e3}
         floor_of = max(floors, key=floors.get)
         return Result(
             row=row,
@@ -136,6 +147,15 @@ class Contest:
             empty_us=warm[EMPTY].median_us if EMPTY in warm else None,
             others_share=others_share,
         )
+
+
+def _captured(calls: dict[str, Callable]) -> dict[str, Callable]:
+    """The calls as CUDA graphs, without those that cannot be captured, such as loops over lengths read from the device."""
+    graphs = {}
+    for name, call in calls.items():
+        with contextlib.suppress(RuntimeError):
+            graphs[name] = captured(call)
+    return graphs
 
 
 def _tuple(outputs) -> tuple:

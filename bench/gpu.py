@@ -136,10 +136,11 @@ def risks(session: Session) -> str:
 
 def tests(session: Session) -> str:
     chosen = ["-m", "gpu"] if not session.dry_run else ["-m", "not gpu", "-k", "test_expanded_cotangents and cpu"]
-    output = session.python("-m", "pytest", "-q", "--color=no", "-p", "no:cacheprovider", "tests", *chosen)
+    # -v, so that the log of a run that is ended at its limit says how far it came.
+    output = session.python("-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", "tests", *chosen)
     if " passed" not in output:
         raise Failed("no test ran")
-    return _last_line(output)
+    return _last_line(output).strip("= ")
 
 
 def sanitizers(session: Session) -> str:
@@ -160,14 +161,22 @@ def _sanitizer(session: Session, tool: str) -> str:
         return f"{tool}: command line accepted"
     if program is None:
         raise Unavailable("compute-sanitizer is not here")
-    try:
-        # Without the caching allocator every tensor is an allocation of its own, so that its end can be overrun.
-        output = session.command([program, *options, *target], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    except Failed as failure:
-        if re.search(r"Device not supported|LibraryNotLoaded|Failed to initialize", failure.args[-1]):
-            raise Unavailable(f"{tool} does not work here: {_last_line(failure.args[-1])}") from failure
-        raise
+    # Without the caching allocator every tensor is an allocation of its own, so that its end can be overrun.
+    output = _watched(session, [program, *options, *target], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return f"{tool}: {_last_line(output).strip('= ')}"
+
+
+def _watched(session: Session, command: list[str], **environment: str) -> str:
+    """The output of a program under one of NVIDIA's tools; `Unavailable` where the tool itself cannot work."""
+    try:
+        return session.command(command, **environment)
+    except Failed as failure:
+        sign = re.search(
+            r"Device not supported|LibraryNotLoaded|Failed to initialize|ERR_NVGPUCTRPERM", failure.args[1]
+        )
+        if sign:
+            raise Unavailable(f"{Path(command[0]).name} does not work here: {sign[0]}") from failure
+        raise
 
 
 def benchmarks(session: Session) -> str:
@@ -192,7 +201,7 @@ def profile(session: Session) -> str:
         return "the program it would watch runs"
     if program is None:
         raise Unavailable("ncu is not here")
-    session.command([program, *options, *target])
+    _watched(session, [program, *options, *target])
     text = (session.out / "ncu.csv").read_text(encoding="utf-8", errors="replace")
     if OUR_KERNELS not in text:
         raise Unavailable(f"ncu read no kernel: {_last_line(text)}")

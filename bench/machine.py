@@ -42,7 +42,7 @@ def facts(device: str) -> dict:
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": platform.platform(),
         "python": sys.version.split()[0],
-        "isa": os.environ.get("SEQKERN_ISA", "chosen by seqkern"),
+        "isa": _isa(),
         "cuda": _cuda_facts() if device == "cuda" else None,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         **commit(),
@@ -64,6 +64,15 @@ def _cuda_facts() -> dict:
         "multiprocessors": properties.multi_processor_count,
         "memory_gb": round(properties.total_memory / 1e9, 1),
     }
+
+
+def _isa() -> str | None:
+    """The instruction set of seqkern's CPU kernels, where the module that knows it was built."""
+    try:
+        from seqkern import _C
+    except ImportError:
+        return None
+    return _C.isa()
 
 
 def _version(package: str) -> str | None:

@@ -16,11 +16,11 @@ NAMES = ("#", "kind", "shape", "dtype", "variant")
 
 def table(results: list[Result]) -> str:
     """Two tables with common row numbers: seqkern's figures, then the competitors' times over seqkern's and errors."""
-    own = [[*NAMES, "us", "spread", "cold us", "fresh us", "GB/s", "GFLOP/s", "of floor", "over copy"]]
+    own = [[*NAMES, "us", "spread", "call us", "cold us", "fresh us", "GB/s", "GFLOP/s", "of floor", "over copy"]]
     own[0] += ["above empty", "error"]
     for number, result in enumerate(results, 1):
-        row, times = result.row, result.times[OURS]
-        warm = times["warm"].median_us
+        row, times, steady = result.row, result.times[OURS], result.time(OURS)
+        us = steady.median_us
         own.append(
             [
                 f"{number}{'' if result.others_share < QUIET else '~'}",
@@ -28,15 +28,16 @@ def table(results: list[Result]) -> str:
                 "x".join(map(str, row.shape)),
                 str(row.dtype).removeprefix("torch."),
                 row.variant,
-                _us(times["warm"]),
-                f"{100 * times['warm'].spread:.0f} %",
+                _us(steady),
+                f"{100 * steady.spread:.0f} %",
+                "" if result.condition(OURS) == "warm" else _us(times["warm"]),
                 _us(times.get("cold")),
                 _us(times.get("fresh")),
-                f"{row.bytes / warm / 1e3:.1f}",
-                f"{row.flops / warm / 1e3:.1f}",
-                f"{100 * result.floor_us / warm:.0f} % {result.floor_of}",
-                f"{warm / result.times[COPY]['warm'].median_us:.2f}x",
-                "" if result.empty_us is None else f"{warm - result.empty_us:+.1f} us",
+                f"{row.bytes / us / 1e3:.1f}",
+                f"{row.flops / us / 1e3:.1f}",
+                f"{100 * result.floor_us / us:.0f} % {result.floor_of}",
+                f"{us / result.time(COPY).median_us:.2f}x",
+                "" if result.empty_us is None else f"{times['warm'].median_us - result.empty_us:+.1f} us",
                 f"{result.errors[OURS]:.0e}",
             ]
         )
@@ -67,14 +68,18 @@ def _against(result: Result, name: str) -> str:
 
 
 def ratio_of(result: Result, name: str) -> tuple[float, float, float]:
-    """A competitor's time over seqkern's, of samples taken in the same round: median and quartiles."""
-    pairs = zip(result.times[name]["warm"].samples_us, result.times[OURS]["warm"].samples_us, strict=True)
+    """Someone's time over seqkern's, of samples taken in the same round: median and quartiles."""
+    condition = result.condition(name)
+    pairs = zip(*(result.times[who][condition].samples_us for who in (name, OURS)), strict=True)
     ratios = [theirs / ours for theirs, ours in pairs]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return statistics.median(ratios), low, high
 
 
-def _aligned(lines: list[list[str]]) -> str:
+def _aligned(lines: list) -> str:
+    """Columns under their headings, without those that are empty."""
+    used = [column for column in zip(*lines, strict=True) if any(column[1:])]
+    lines = list(zip(*used, strict=True))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -187,7 +192,7 @@ def _plot(path: Path, contents: dict, results: list[Result]) -> None:
         taking_part = [name for name in names if name in result.times]
         top = y
         for name in taking_part:
-            timing = result.times[name]["warm"]
+            timing = result.time(name)
             low, high = timing.quartiles_us
             error = [[timing.median_us - low], [high - timing.median_us]]
             axes.barh(y, timing.median_us, height=0.9, color=colours[name], xerr=error, ecolor="0.3")
@@ -198,9 +203,9 @@ def _plot(path: Path, contents: dict, results: list[Result]) -> None:
     axes.set_yticks(*zip(*ticks, strict=True), fontsize=7)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel("time, us (warm; bars are medians, whiskers quartiles, black line the floor)")
+    axes.set_xlabel("time, us (bars are medians, whiskers quartiles, black line the floor)")
     axes.set_title(f"{contents['operator']} on {contents['machine']['device']}")
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-    axes.legend(handles, names, loc="lower right", fontsize=8)
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -51,7 +51,7 @@ def measure(device: str, quick: bool = False) -> dict:
     calls = {(name, size): make(size, device) for name, make in moves.items() for size in sizes}
     for dtype in (torch.float32,) if quick else (torch.float32, torch.bfloat16):
         calls[str(dtype).removeprefix("torch."), 2 * MATRIX[device] ** 3] = _product(dtype, device)
-    timings, _ = timed(calls, device=device, rounds=rounds)
+    timings, _ = timed(calls, device=device, rounds=rounds, attempts=1 if quick else 3)
 
     ceilings: dict = {}
     for (name, work), timing in timings.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+QUICK_BUDGET_S = 25
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--device", choices=("cpu", "cuda", "all"), help="default: all that are here")
     options.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own choice")
     options.add_argument("--no-compile", action="store_true", help="leave out what goes through torch.compile")
-    options.add_argument("--budget", type=float, default=float("inf"), metavar="S", help="leave out rows after so long")
+    options.add_argument("--budget", type=float, metavar="S", help="seconds after which no row is begun; --quick: 25")
     options.add_argument("--out", type=Path, default=HERE / "out", help="folder for JSON and plots, default bench/out")
     options.add_argument("--base", metavar="REF", help="compare the working tree with this commit instead")
     options.add_argument("--peer-sdist", action="append", default=[], metavar="PATH", help="a peer's .tar.gz or folder")
@@ -84,11 +85,13 @@ def choose(arguments: argparse.Namespace) -> list:
 
 def bench(rows: list, arguments: argparse.Namespace) -> int:
     import report
+    import torch
 
     failed = False
     for op, device in dict.fromkeys((row.op, row.device) for row in rows):
         chosen = [row for row in rows if (row.op, row.device) == (op, device)]
-        results, ceilings = measure(op, device, chosen, arguments)
+        with torch.no_grad():
+            results, ceilings = measure(op, device, chosen, arguments)
         if results is None:
             failed = True
             continue
@@ -106,17 +109,18 @@ def measure(op: str, device: str, rows: list, arguments: argparse.Namespace) -> 
     from contest import Contest
 
     start = time.monotonic()
+    budget = arguments.budget or (QUICK_BUDGET_S if arguments.quick else float("inf"))
     checked = []
     for number, row in enumerate(rows, 1):
-        if time.monotonic() - start > arguments.budget / 2:
+        if time.monotonic() - start > budget / 2:
             break
         progress(f"[check {number}/{len(rows)}] {row.label}")
         contest = Contest(row, arguments.quick)
         for peer in peers.peers(op):
             if not peer.takes(row):
                 continue
-            if peer.compiles and (arguments.quick or arguments.no_compile):
-                contest.absent[peer.name] = "not asked for (--quick, --no-compile)"
+            if peer.compiles and (arguments.quick or arguments.no_compile or not row.compiles):
+                contest.absent[peer.name] = "not in every row, nor with --quick or --no-compile"
             else:
                 contest.invite(peer)
         checked.append((contest, *contest.check()))
@@ -134,13 +138,13 @@ def measure(op: str, device: str, rows: list, arguments: argparse.Namespace) -> 
     print(f"\nceilings of this machine, {device}:\n{roofline.describe(ceilings)}")
     results = []
     for number, (contest, lines, errors) in enumerate(checked, 1):
-        if time.monotonic() - start > arguments.budget:
+        if time.monotonic() - start > budget:
             break
         progress(f"[time {number}/{len(rows)}] {contest.row.label}")
         results.append(contest.run(ceilings, lines, errors))
     progress("")
     for row in rows[len(results) :]:
-        print(f"left out, --budget is spent: {row.label}")
+        print(f"left out, the time is up (--budget): {row.label}")
     return results, ceilings
 
 

@@ -1,4 +1,4 @@
-"""What each operator of seqkern takes in a training step of a model, beside plain PyTorch, on the tensors of that step."""
+"""What each operator of seqkern takes in a training step, beside plain PyTorch, on the very tensors of that step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 import seqkern.nn
 from seqkern.testing import interleaved
+
 
 def plain_causal_conv1d(x, weight, bias, activation, *, dilation, initial_state=None, return_final_state=False):
     padded = F.pad(x, ((weight.shape[1] - 1) * dilation, 0))
@@ -77,26 +78,25 @@ def recorded(operator: Operator):
         setattr(operator.module, operator.name, function)
 
 
-    """Repeats a training step, and a step of generation for its batch, and times the operators on the tensors they had."""
+def run_all(run: Callable, function: Callable, calls: list[Call]) -> list[Tensor]:
+    return [result for call in calls for result in run(call, function)]
+
+
+def print_table(step: Callable[[], object], device: str) -> None:
+    """Runs `step`, a training step and whatever else calls operators, and times their calls on the tensors they had."""
     print(f"{'operator':<20}{'pass':<20}{'calls':>5}{'seqkern ms':>12}{'PyTorch ms':>12}{'ratio':>8}{'difference':>12}")
     for operator in OPERATORS:
         with recorded(operator) as calls:
-            loss_of(model, inputs, targets).backward()
-            with torch.no_grad():
-                model.step(inputs[:, 0], model.zero_states(len(inputs)))
+            step()
         functions = {"seqkern": getattr(operator.module, operator.name), "PyTorch": operator.plain}
-
-        def run_all(run: Callable, function: Callable, calls: list[Call]) -> list[Tensor]:
-            return [result for call in calls for result in run(call, function)]
-
         for title, run in operator.passes.items() if calls else ():
             # Copies, because a step changes the state it is given.
             results = [run_all(run, function, copy.deepcopy(calls)) for function in functions.values()]
             difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
             timed = {name: partial(run_all, run, function, calls) for name, function in functions.items()}
-            times = interleaved(timed, rounds=9, device=inputs.device.type)
+            times = interleaved(timed, rounds=9, device=device)
             ours, plain = (times[name].median_us / 1000 for name in functions)
             row = f"{operator.name:<20}{title:<20}{len(calls):>5}{ours:>12.3f}{plain:>12.3f}{plain / ours:>7.1f}x"
-            print(f"{row}{difference:>12.1e}")
-    print("Times: all calls of one training step; step: all layers, one token for each row of the batch.")
+            print(f"{row}{difference:>12.1e}", flush=True)
+    print("Times: all calls of one training step, and of one token for each row of its batch.")
     print("Difference: the largest, relative to the largest value of each result, gradients included.")

@@ -3,7 +3,7 @@
     python3 examples/train_text.py                                    about two minutes on a CPU with two cores
     python3 examples/train_text.py --text FILE --steps 1000 --prompt "Once upon"
 
-Below, in this order: the text, the model, its training, and text generated one token at a time. At the end it prints what
+Below, in this order: the text, the model, its training, and generation one token at a time. Last of all it prints what
 each operator of seqkern took in the last training step, beside plain PyTorch (operator_table.py).
 """
 
@@ -187,7 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixer", choices=MIXERS, default="conv")
     parser.add_argument("--text", metavar="FILE", help="default: the source of Python's standard library")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256, help="bytes in each row of a batch")
     parser.add_argument("--seed", type=int, default=0)
@@ -207,7 +207,7 @@ def main() -> None:
     size = f"{len(text):,} bytes of text, {sum(p.numel() for p in model.parameters()):,} parameters"
     print(f"{size}, mixer {options.mixer}, {options.device}, {options.dtype}")
 
-    with torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+    with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
         last_batch = train(model, text, options, generator)
         validation = evaluate(model, validation_text, options)
         print(f"validation loss {validation:.3f} nats/byte ({validation / math.log(2):.2f} bits)\n")

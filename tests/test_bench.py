@@ -1,6 +1,7 @@
 """The benchmark programs: what they report, what they refuse to report, and that they end in time."""
 
 import argparse
+import importlib.util
 import json
 import resource
 import subprocess
@@ -57,7 +58,7 @@ def test_json_is_complete(report):
             assert 0 < time["min_us"] <= time["low_us"] <= time["median_us"] <= time["high_us"] <= time["max_us"]
             assert len(time["samples_us"]) >= 3
     assert row["ratios"]["torch"]["median"] > 0
-    assert path.with_suffix(".png").stat().st_size > 0
+    assert path.with_suffix(".png").exists() == (importlib.util.find_spec("matplotlib") is not None)
 
 
 def test_every_competitor_is_named_with_its_error_or_its_absence(report):

@@ -14,6 +14,7 @@ RUN = """
 import runpy, sys, types
 sys.modules["bootstrap"] = types.SimpleNamespace(ensure=lambda *extras: None)
 sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -1,6 +1,7 @@
 """Installing, importing and auditing: the messages a user meets before the first kernel runs."""
 
 import ast
+import importlib
 import importlib.metadata
 import os
 import re
@@ -63,20 +64,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_failed_import_names_causes_and_attempts(how, tmp_path):
+def test_failed_import_names_causes_and_attempts(how, tmp_path, monkeypatch):
     breaking, reason = BROKEN[how]
-    package = tmp_path / "broken"
+    package = tmp_path / f"broken_{how.replace(' ', '_')}"
     package.mkdir()
     (package / "__init__.py").touch()
     shutil.copy(Path(seqkern._load.__file__), package)
     breaking(package / "_ops.so")
-    result = run("-c", "import broken._load", PYTHONPATH=str(tmp_path))
-    assert result.returncode == 1
-    assert "ImportError: seqkern: the operator library could not be loaded" in result.stderr
-    assert re.search(rf"{re.escape(str(package / '_ops.so'))}: .*{reason}", result.stderr)
-    assert torch.__version__ in result.stderr
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError) as caught:
+        importlib.import_module(f"{package.name}._load")
+    message = str(caught.value)
+    assert message.startswith("seqkern: the operator library could not be loaded\n")
+    assert re.search(rf"{re.escape(str(package / '_ops.so'))}: .*{reason}", message)
+    assert torch.__version__ in message
     for cause in ("torch too old", "library missing", "broken build", "wrong machine", "pip install --force-reinstall"):
-        assert cause in result.stderr
+        assert cause in message
 
 
 def test_version_is_that_of_the_sources():
@@ -113,13 +116,12 @@ def test_failed_self_check_says_so_and_exits_with_1():
     assert re.search(r"^FAILED +causal_conv1d on cpu: relative difference 1.*e-03", result.stdout, re.MULTILINE)
 
 
-@pytest.mark.parametrize("isa", ["avx1024", "AVX2"])
-def test_unknown_instruction_set(isa):
+def test_unknown_instruction_set():
     call = "import torch, seqkern; seqkern.causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 2))"
-    result = run("-c", call, SEQKERN_ISA=isa)
+    result = run("-c", call, SEQKERN_ISA="avx1024")
     assert result.returncode == 1
     assert "SEQKERN_ISA must be one of generic, avx2, avx512" in result.stderr
-    assert f"got '{isa}'" in result.stderr
+    assert "got 'avx1024'" in result.stderr
 
 
 def test_plan_is_printed():

@@ -7,9 +7,10 @@ although the torch that seqkern will run beside is usually installed already.
 import os
 import shlex
 
-import torch_home
 from scikit_build_core import build as scikit
 from scikit_build_core.build import *  # noqa: F403
+
+import torch_home
 
 
 def _with_torch(requires):

@@ -80,9 +80,13 @@ def _interpreter():
     if has_torch and _is_ours_to_install_into():
         return sys.executable
     python = str(VENV / "bin" / "python")
-    if subprocess.run([python, "-c", ""], capture_output=True).returncode if os.path.exists(python) else True:
+    if not _starts(python):
         _make_venv(python, sees_torch=has_torch)
     return python
+
+
+def _starts(python):
+    return os.path.exists(python) and subprocess.run([python, "-c", ""], capture_output=True).returncode == 0
 
 
 def _is_ours_to_install_into():
@@ -94,15 +98,15 @@ def _is_ours_to_install_into():
 
 def _make_venv(python, sees_torch):
     _say(f"making {VENV}" + (", which sees this Python's torch" if sees_torch else ""))
-    options = ["--clear", *(["--system-site-packages"] if sees_torch else [])]
+    command = [sys.executable, "-m", "venv", "--clear", *(["--system-site-packages"] if sees_torch else []), str(VENV)]
+    hint = (
+        "Install the venv module (on Debian and Ubuntu: apt install python3-venv), or activate a virtual environment."
+    )
     if importlib.util.find_spec("ensurepip"):
-        _run([sys.executable, "-m", "venv", *options, str(VENV)], "making the virtual environment")
-    else:  # Debian without python3-venv
-        _run([sys.executable, "-m", "venv", *options, "--without-pip", str(VENV)], "making the virtual environment")
-        _run(
-            [sys.executable, "-m", "pip", "--python", python, "install", "pip"],
-            "installing pip there (python3-venv would bring it)",
-        )
+        _run(command, "making the virtual environment", hint)
+    else:  # Debian without python3-venv, perhaps with pip
+        _run([*command, "--without-pip"], "making the virtual environment", hint)
+        _run([sys.executable, "-m", "pip", "--python", python, "install", "pip"], "installing pip into it", hint)
 
 
 # ---- what is installed
@@ -141,7 +145,7 @@ def _install_missing(extras):
     if spec is None:
         torch = os.environ.get("SEQKERN_TORCH", "torch==2.13.0")
         _say(f"installing {torch} (SEQKERN_TORCH chooses another; a CUDA build is several GB)")
-        _pip("install", *shlex.split(torch))
+        _install(*shlex.split(torch))
     elif not torch_home.is_supported(torch_home.version(Path(spec.origin).parent)):
         sys.exit(torch_home.too_old(Path(spec.origin).parent))
 
@@ -154,13 +158,21 @@ def _install_missing(extras):
     missing += ["ninja"] if not _is_installed("ninja>=1.5") and not _has_program("ninja", "1.5") else []
     if missing:
         _say(f"installing {', '.join(missing)}")
-        _pip("install", *missing)
+        _install(*missing)
 
 
-def _pip(*arguments):
+def _install(*requirements):
+    _pip(
+        *requirements,
+        what=f"installing {' '.join(requirements)}",
+        hint=f"Without a network, install it by hand for {sys.executable} and run the command again.",
+    )
+
+
+def _pip(*arguments, what, hint):
     if importlib.util.find_spec("pip") is None:
-        _run([sys.executable, "-m", "ensurepip"], "installing pip")
-    _run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], "pip " + " ".join(arguments))
+        _run([sys.executable, "-m", "ensurepip"], "installing pip", f"Install pip for {sys.executable}.")
+    _run([sys.executable, "-m", "pip", "--disable-pip-version-check", "install", *arguments], what, hint)
     importlib.invalidate_caches()
 
 
@@ -197,24 +209,25 @@ def _is_built():
 def _build():
     _say("building and installing (editable); takes a minute or two the first time")
     start = time.monotonic()
-    _pip("install", "-v", "--no-build-isolation", "--no-deps", "--no-index", "--editable", str(ROOT))
+    _pip(
+        *["--verbose", "--no-build-isolation", "--no-deps", "--no-index", "--editable", str(ROOT)],
+        what="building",
+        hint="The build needs a C++20 compiler (g++ 11 or newer). SEQKERN_CUDA=OFF leaves the CUDA kernels out. "
+        f"After a change of compilers, remove {BUILD}.",
+    )
     for line in re.findall(r"-- seqkern: (.*)", LOG.read_text(encoding="utf-8")):
         _say(line)
     _stamp().write_text(_fingerprint())
     _say(f"built in {time.monotonic() - start:.0f} s")
 
 
-def _run(command, what):
+def _run(command, what, hint):
     BUILD.mkdir(exist_ok=True)
     with LOG.open("w", encoding="utf-8") as log:
         result = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if result.returncode != 0:
         print(LOG.read_text(encoding="utf-8"), file=sys.stderr)
-        sys.exit(
-            f"seqkern: {what} failed (log above, and in {LOG}).\n"
-            "Without a network, install what is missing by hand. The build needs a C++20 compiler (g++ 11 or newer); "
-            "SEQKERN_CUDA=OFF leaves a broken CUDA toolkit out; after a change of compilers remove the folder build."
-        )
+        sys.exit(f"seqkern: {what} failed (log above, and in {LOG}).\n{hint}")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def build_program(sources, sanitize=None):
     return _link(name, jobs, flags)
 
 
-def run_program(program, *arguments, schedule=0, timeout=300):
+def run_program(program, *arguments, schedule=0, timeout=None):
     """Runs what build_program built, under the given order of threads; returns the CompletedProcess."""
     environment = os.environ | {
         "SEQKERN_SIMT_SCHEDULE": str(schedule),

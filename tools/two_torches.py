@@ -60,7 +60,10 @@ print(json.dumps(dict(torch=torch.__version__, error=error, message=message, bit
 
 
 def _pip(python, *arguments):
-    subprocess.run([python, "-m", "pip", "-q", "--disable-pip-version-check", "install", *arguments], check=True)
+    command = [python, "-m", "pip", "--disable-pip-version-check", "install", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(result.stdout + result.stderr)
 
 
 def _import_torch(python):
@@ -81,7 +84,7 @@ def _import_torch(python):
 def compute(wheel, version, folder):
     venv.create(folder, with_pip=True)
     python = str(Path(folder) / "bin" / "python")
-    print(f"torch {version}: installing it and {wheel.name}", flush=True)
+    print(f"torch {version} and {wheel.name}", flush=True)
     _pip(python, "--no-deps", f"torch=={version}")
     _pip(python, *PURE)
     _pip(python, "--no-deps", str(wheel))

@@ -27,6 +27,7 @@ class Row:
     gradients: tuple[str, ...] = ()  # inputs differentiated in "forward+backward"
     updates: tuple[str, ...] = ()  # inputs changed in place
     options: frozenset[str] = frozenset()  # what a competitor must support to take part
+    compiles: bool = False  # competitors that go through torch.compile, which takes seconds, take part
     quick: bool = False  # part of --quick
 
     @property

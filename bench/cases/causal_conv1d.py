@@ -66,6 +66,7 @@ def _sequences(device, kind, shape, dtype, *, order="time", width=4, packed=Fals
         flops=2 * macs if kind == "forward" else 8 * macs,  # backward: pre again, dx, dweight
         gradients=("x", "weight", "bias"),
         options=frozenset({"cu_seqlens"} if packed else ()),
+        compiles=width == 4 and shape == SHAPES[device][0],
         quick=quick or (packed and kind == "forward"),
     )
 
@@ -95,5 +96,6 @@ def _step(device, shape, dtype) -> Row:
         bytes=(2 * B * D + 2 * B * D * (width - 1) + D * (width + 1)) * dtype.itemsize,
         flops=2 * B * D * width,
         updates=("conv_state",),
+        compiles=True,
         quick=shape == (8, 1536),
     )

@@ -1,18 +1,18 @@
-// Backward. dx and sums of the weight gradients over chunks of time, then the sum over chunks, in a fixed order.
+// Backward, W <= 4: dx and sums of the weight gradients over chunks of time in one kernel; for all paths: the sum over
+// chunks, in a fixed order.
+#include "causal_conv1d/gradient.cuh"
 #include "causal_conv1d/params.h"
 #include "causal_conv1d/tile.h"
-#include "causal_conv1d/window.cuh"
 #include "common/launch.h"
 #include "common/reduce.cuh"
 
 namespace seqkern::causal_conv1d::cuda {
 namespace {
 
-// The gradient of pre_t: dy_t, or dy_t silu'(pre_t).
-template <typename T, typename A>
-__device__ __forceinline__ A dpre_of(const Inputs& p, A pre, A dy) {
-  return p.silu ? dy * silu_derivative<T>(pre) : dy;
-}
+template <typename T>
+constexpr Tile kTimeTile = pick_bwd_tile(Path::kTime, kDType<T>);
+template <typename T>
+constexpr Tile kChannelTile = pick_bwd_tile(Path::kChannel, kDType<T>);
 
 // Where the partial sum of weight j (j == W: of the bias) over a chunk is kept: (B, chunks, W + 1, D).
 __device__ __forceinline__ int64_t partial_index(const Inputs& p, int64_t chunks, int64_t b, int64_t chunk, int64_t j,
@@ -36,36 +36,9 @@ __device__ __forceinline__ float dx_of(const Taps& taps, int64_t width, const fl
   return sum;
 }
 
-// What the final state of row `final` (-1: none) adds to dx_tau, or to the gradient of an initial state's x_tau [dx].
-template <typename A>
-__device__ __forceinline__ A dfinal_of(const BwdParams& p, int64_t final, int64_t d, const Span& span, int64_t tau) {
-  const int64_t column = p.state_size() - span.end + tau;
-  if (final < 0 || column < 0) return A(0);
-  return load(static_cast<const A*>(p.dfinal_state.data) + state_index(p, final, d, column));
-}
-
-// [dx] at tau = begin - S + c: dinitial_state_{n,d,c}. dpre(span, tau): of a token of the sequence.
-template <typename T, typename Dpre>
-__device__ __forceinline__ void write_dinitial_state(const BwdParams& p, int64_t i, Dpre&& dpre) {
-  if (i >= state_elements(p)) return;
-  const auto [nd, column] = divide(i, p.state_size());
-  const auto [n, d] = divide(nd, p.channels);
-  const int64_t b = p.sequences.cu_seqlens ? 0 : n;
-  const Span span = span_of_state(p.sequences, n, true, p.state_size());
-  const int64_t tau = span.begin - p.state_size() + column;
-  const int64_t final = visible_final_row(p, p.dfinal_state, b, span, tau);
-  Accumulator<T> sum = dfinal_of<Accumulator<T>>(p, final, d, span, tau);
-  for (int64_t k = 0; k < p.width; ++k) {
-    const int64_t later = tau + k * p.dilation;
-    if (later < span.begin || later >= span.end) continue;
-    sum = fma(load<Accumulator<T>>(p.weight, (d + 1) * p.width - 1 - k), dpre(b, d, span, later), sum);
-  }
-  store(p.dinitial_state, i, sum);
-}
-
-// The same where dpre is not kept.
+// The gradient of an initial state from dpre that is computed once more.
 template <typename T>
-__device__ __forceinline__ void write_dinitial_state(const BwdParams& p, int64_t i) {
+__device__ __forceinline__ void recompute_dinitial_state(const BwdParams& p, int64_t i) {
   write_dinitial_state<T>(p, i, [&](int64_t b, int64_t d, const Span& span, int64_t tau) {
     const int64_t initial = visible_initial_row(p, b, span, tau - p.state_size());
     const Row<const T> dy(static_cast<const T*>(p.dy), p.dy_stride, p.sequences, b, d);
@@ -75,16 +48,17 @@ __device__ __forceinline__ void write_dinitial_state(const BwdParams& p, int64_t
 
 // dpre_t = dy_t silu'(pre_t), dx_t = sum_k weight_k dpre_{t+k} [dx], dweight_k = sum_t dpre_t x_{t-k} [dw], time
 // contiguous, W <= 4
-// block    threads / 32 warps; a warp owns one chunk of kChunk tokens of one row (b, d)
+// block    threads / 32 warps; a warp owns one chunk of tokens of one row (b, d)
 // thread   `count` vectors of the chunk, with kHalo elements of x before and of x and dy after each
 // shared   none
-// bytes    per token: 2 size read, size written, 2 (W + 1) / kChunk partial sums of 4 bytes
-// limits   B D L / (kChunk threads / 32) < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
+// bytes    per token: 2 size read, size written, 2 (W + 1) / chunk partial sums of 4 bytes
+// limits   B D L / (chunk threads / 32) < 2^31 blocks
+template <typename T>
+__global__ void __launch_bounds__(kTimeTile<T>.threads, kTimeTile<T>.blocks_per_sm)
     bwd_time(const __grid_constant__ BwdParams p, const __grid_constant__ Cut cut) {
+  constexpr Tile kTile = kTimeTile<T>;
   if (blockIdx.x >= cut.token_blocks) {
-    return write_dinitial_state<T>(p, global_thread() - cut.token_blocks * kTile.threads);
+    return recompute_dinitial_state<T>(p, global_thread() - cut.token_blocks * kTile.threads);
   }
   constexpr int kVector = kTile.vector;
   const auto [row, chunk] = divide(global_thread() / kWarpSize, cut.along_time);
@@ -101,7 +75,7 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
 
 #pragma unroll 1
   for (int u = 0; u < kTile.count; ++u) {
-    const int64_t tau = chunk * kChunk + (u * kWarpSize + lane) * kVector - shift;
+    const int64_t tau = chunk * chunk_of(Path::kTime, kTile) + (u * kWarpSize + lane) * kVector - shift;
     const int64_t stop = min(tau + kVector, length);
     const Vector<T, kHalo> x_before = load_tokens<kHalo>(x, tau - kHalo, length);
     const Vector<T, kVector> x_own = load_tokens<kVector>(x, tau, length);
@@ -114,7 +88,7 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
       const Span span = span_in_window<kPast + kVector + kPast>(p.sequences, b, begin, tau - kPast);
       end = min(span.end, stop);
       const int first = static_cast<int>(begin - tau), last = static_cast<int>(end - tau);
-
+      const Past past(p, b, d, span, begin, tau - kPast);
       float window[kPast + kVector + kPast];  // x_{tau - kPast} ...
 #pragma unroll
       for (int i = 0; i < kPast; ++i) window[i] = to<float>(x_before[kHalo - kPast + i]);
@@ -122,7 +96,7 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
       for (int i = 0; i < kVector; ++i) window[kPast + i] = to<float>(x_own[i]);
 #pragma unroll
       for (int i = 0; i < kPast; ++i) window[kPast + kVector + i] = to<float>(x_after[i]);
-      mask_past(window, tau - kPast, p, b, d, span, begin);
+      past.replace_in(window);
 
       float dpre[kVector + kPast];  // dpre_tau ...
       const int inside = span.padding ? 0 : static_cast<int>(min(span.end - tau, int64_t{kVector + kPast}));
@@ -170,16 +144,17 @@ struct BwdChannelShared {
 };
 
 // The same [dx] [dw], channels contiguous, W <= 4
-// block    kChannelLanes * vector channels x one chunk of kChunk tokens of one batch row
+// block    kChannelLanes * vector channels x one chunk of tokens of one batch row
 // thread   `vector` channels x `count` tokens; it walks kPast tokens farther, since dx looks ahead
 // shared   weights of the block's channels; the threads' sums of [dw], which are then added in the order of time
-// bytes    per token: 2 size read, size written, 2 (W + 1) / kChunk partial sums of 4 bytes
+// bytes    per token: 2 size read, size written, 2 (W + 1) / chunk partial sums of 4 bytes
 // limits   B L D / (vector count threads) < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
+template <typename T>
+__global__ void __launch_bounds__(kChannelTile<T>.threads, kChannelTile<T>.blocks_per_sm)
     bwd_channel(const __grid_constant__ BwdParams p, const __grid_constant__ Cut cut) {
+  constexpr Tile kTile = kChannelTile<T>;
   if (blockIdx.x >= cut.token_blocks) {
-    return write_dinitial_state<T>(p, global_thread() - cut.token_blocks * kTile.threads);
+    return recompute_dinitial_state<T>(p, global_thread() - cut.token_blocks * kTile.threads);
   }
   constexpr int kVector = kTile.vector, kChannels = kChannelLanes * kVector, kTiles = kTile.threads / kChannelLanes;
   constexpr int kGroup = 4;  // tokens whose loads are in flight together
@@ -188,7 +163,7 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
   const int lane = threadIdx.x % kChannelLanes * kVector;  // its first channel in the block
   const Lanes<kVector> lanes(p, cut, channel_block * kChannels + lane);
   const int tile = threadIdx.x / kChannelLanes;
-  const int64_t tau = chunk * kChunk + tile * kTile.count;
+  const int64_t tau = chunk * chunk_of(Path::kChannel, kTile) + tile * kTile.count;
   const int64_t stop = min(tau + kTile.count, p.sequences.length);
   const Row<const T> x(static_cast<const T*>(p.x), p.x_stride, p.sequences, b, lanes.first);
   const Row<const T> dy(static_cast<const T*>(p.dy), p.dy_stride, p.sequences, b, lanes.first);
@@ -268,119 +243,6 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
   }
 }
 
-// dpre as the general path reads it: dy itself, or with SiLU kept in the workspace, in the memory order of x.
-template <typename T>
-struct KeptDpre {
-  using A = Accumulator<T>;
-  const BwdParams& p;
-  A* kept;
-  Strides stride;
-
-  __device__ __forceinline__ KeptDpre(const BwdParams& p_, const Cut& cut) : p(p_) {
-    const int64_t D = p.channels, L = p.sequences.length;
-    kept = static_cast<A*>(p.workspace) + p.sequences.batch * cut.along_time * (p.width + 1) * D;
-    stride = p.x_stride.l == 1 ? Strides{D * L, L, 1} : Strides{D * L, 1, D};
-  }
-  __device__ __forceinline__ A* at(int64_t b, int64_t d, int64_t tau) const {
-    return Row<A>(kept, stride, p.sequences, b, d).at(tau);
-  }
-  __device__ __forceinline__ A dy(int64_t b, int64_t d, int64_t tau) const {
-    return to<A>(load(Row<const T>(static_cast<const T*>(p.dy), p.dy_stride, p.sequences, b, d).at(tau)));
-  }
-  __device__ __forceinline__ A operator()(int64_t b, int64_t d, int64_t tau) const {
-    return p.silu ? load(at(b, d, tau)) : dy(b, d, tau);
-  }
-};
-
-// dpre_t = dy_t silu'(pre_t), 0 in padding; any W and dilation
-// block    `threads` neighbouring elements
-// thread   one element; the W taps of pre_t are loaded through the caches
-// shared   none
-// bytes    per token: 2 size read, 4 (fp64: 8) written (requested: W times the reads of x)
-// limits   B D L / threads < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
-    bwd_dpre(const __grid_constant__ BwdParams p, const __grid_constant__ Cut cut) {
-  const Element at(p, global_thread());
-  if (at.b >= p.sequences.batch) return;
-  const KeptDpre<T> dpre(p, cut);
-  const Span span = span_at(p.sequences, at.b, at.tau, p.state_size(), 0);
-  Accumulator<T> value = 0;
-  if (!span.padding) {
-    const int64_t initial = visible_initial_row(p, at.b, span, at.tau - p.state_size());
-    value = dpre_of<T>(p, Channel<T>(p, at.b, at.d).pre(span, initial, at.tau), dpre.dy(at.b, at.d, at.tau));
-  }
-  store(dpre.at(at.b, at.d, at.tau), value);
-}
-
-// dx_t = sum_k weight_k dpre_{t + k dilation} [dx]
-// block    `threads` neighbouring elements, then elements of dinitial_state
-// thread   one element; W values of dpre are loaded through the caches
-// shared   none
-// bytes    per token: dpre read, size written (requested: W times the reads)
-// limits   B D L / threads < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
-    bwd_dx(const __grid_constant__ BwdParams p, const __grid_constant__ Cut cut) {
-  using A = Accumulator<T>;
-  const KeptDpre<T> dpre(p, cut);
-  if (blockIdx.x >= cut.token_blocks) {
-    return write_dinitial_state<T>(
-        p, global_thread() - cut.token_blocks * kTile.threads,
-        [&](int64_t b, int64_t d, const Span&, int64_t tau) { return dpre(b, d, tau); });
-  }
-  const Element at(p, global_thread());
-  if (at.b >= p.sequences.batch) return;
-  const Span span = span_at(p.sequences, at.b, at.tau, 0, p.state_size());
-  A sum = 0;
-  if (!span.padding) {
-    sum = dfinal_of<A>(p, visible_final_row(p, p.dfinal_state, at.b, span, at.tau), at.d, span, at.tau);
-    for (int64_t k = 0; k < p.width && at.tau + k * p.dilation < span.end; ++k) {
-      const A weight = load<A>(p.weight, (at.d + 1) * p.width - 1 - k);
-      sum = fma(weight, dpre(at.b, at.d, at.tau + k * p.dilation), sum);
-    }
-  }
-  const Row<T> dx(static_cast<T*>(p.dx), p.dx_stride, p.sequences, at.b, at.d);
-  store(dx.at(at.tau), to<T>(sum));
-}
-
-// dweight_j = sum_t dpre_t x_{t - (W-1-j) dilation}, dbias = sum_t dpre_t, over a chunk [dw]
-// block    `threads` neighbouring threads
-// thread   one (b, chunk, j, d) where channels are contiguous; else a lane of the warp that owns it
-// shared   none
-// bytes    per token: (W + 1) (dpre + size) requested, from the caches
-// limits   B D L (W + 1) / (kChunk threads / 32) < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
-    bwd_dweight(const __grid_constant__ BwdParams p, const __grid_constant__ Cut cut) {
-  using A = Accumulator<T>;
-  const int lanes = p.x_stride.l == 1 ? kWarpSize : 1, lane = threadIdx.x % lanes;
-  const int64_t unit = global_thread() / lanes;  // is the partial_index
-  const auto [row, d] = divide(unit, p.channels);
-  const auto [b_chunk, j] = divide(row, p.width + 1);
-  const auto [b, chunk] = divide(b_chunk, cut.along_time);
-  if (b >= p.sequences.batch) return;
-  const KeptDpre<T> dpre(p, cut);
-  const Channel<T> channel(p, b, d);
-  const int64_t end = min((chunk + 1) * kChunk, p.sequences.length), back = (p.width - 1 - j) * p.dilation;
-  A sum = 0;
-  Span span{};
-  for (int64_t tau = chunk * kChunk + lane; tau < end; tau += lanes) {
-    if (tau < span.begin || tau >= span.end) {
-      span = span_at(p.sequences, b, tau, p.state_size(), end - tau);
-    }
-    if (span.padding) continue;
-    if (j == p.width) {
-      sum += dpre(b, d, tau);
-    } else {
-      const int64_t initial = visible_initial_row(p, b, span, tau - back);
-      sum = fma(dpre(b, d, tau), channel.value(span, initial, tau - back), sum);
-    }
-  }
-  if (lanes == kWarpSize) sum = warp_sum(sum);
-  if (lane == 0) store(static_cast<A*>(p.workspace) + unit, sum);
-}
-
 template <typename A, int kWarps>
 struct ReduceShared {
   A sums[kWarps][kReduceChannels];
@@ -392,10 +254,10 @@ struct ReduceShared {
 // shared   one sum per thread
 // bytes    the partial sums read, the gradients written
 // limits   (W + 1) D / kReduceChannels < 2^31 blocks
-template <Tile kTile, typename A>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
+template <typename A>
+__global__ void __launch_bounds__(kReduceTile.threads, kReduceTile.blocks_per_sm)
     bwd_reduce(const __grid_constant__ BwdParams p, const __grid_constant__ Cut cut) {
-  constexpr int kWarps = kTile.threads / kReduceChannels;
+  constexpr int kWarps = kReduceTile.threads / kReduceChannels;
   auto& shared = shared_memory<ReduceShared<A, kWarps>>();
   const auto [channel_block, j] = divide(blockIdx.x, p.width + 1);
   const int warp = threadIdx.x / kReduceChannels, lane = threadIdx.x % kReduceChannels;
@@ -425,82 +287,39 @@ struct Instance {
   Kernel kernel;
 };
 
-template <Path kPath, typename T>
-constexpr Tile kTileOf = pick_bwd_tile(kPath, kDType<T>);
-
-template <Path kPath, typename T>
-constexpr Instance instance() {
-  constexpr Tile kTile = kTileOf<kPath, T>;
-  if constexpr (kPath == Path::kTime)
-    return {kPath, kDType<T>, bwd_time<kTile, T>};
-  else if constexpr (kPath == Path::kChannel)
-    return {kPath, kDType<T>, bwd_channel<kTile, T>};
-  else
-    return {kPath, kDType<T>, bwd_dx<kTile, T>};
-}
-
-template <typename T>
-constexpr Instance dpre_instance() {
-  return {Path::kGeneral, kDType<T>, bwd_dpre<kTileOf<Path::kGeneral, T>, T>};
-}
-
-template <typename T>
-constexpr Instance dweight_instance() {
-  return {Path::kGeneral, kDType<T>, bwd_dweight<kTileOf<Path::kGeneral, T>, T>};
-}
-
 constexpr Instance kInstances[] = {
-    instance<Path::kTime, float>(),
-    instance<Path::kTime, __nv_bfloat16>(),
-    instance<Path::kTime, __half>(),
-    instance<Path::kChannel, float>(),
-    instance<Path::kChannel, __nv_bfloat16>(),
-    instance<Path::kChannel, __half>(),
-    instance<Path::kGeneral, float>(),
-    instance<Path::kGeneral, __nv_bfloat16>(),
-    instance<Path::kGeneral, __half>(),
-    instance<Path::kGeneral, double>(),
+    {Path::kTime, DType::kFloat32, bwd_time<float>},
+    {Path::kTime, DType::kBFloat16, bwd_time<__nv_bfloat16>},
+    {Path::kTime, DType::kFloat16, bwd_time<__half>},
+    {Path::kChannel, DType::kFloat32, bwd_channel<float>},
+    {Path::kChannel, DType::kBFloat16, bwd_channel<__nv_bfloat16>},
+    {Path::kChannel, DType::kFloat16, bwd_channel<__half>},
 };
-constexpr Instance kDpreInstances[] = {dpre_instance<float>(), dpre_instance<__nv_bfloat16>(),
-                                       dpre_instance<__half>(), dpre_instance<double>()};
-constexpr Instance kDweightInstances[] = {dweight_instance<float>(), dweight_instance<__nv_bfloat16>(),
-                                          dweight_instance<__half>(), dweight_instance<double>()};
-constexpr Kernel kReduceInstances[] = {bwd_reduce<kReduceTile, float>, bwd_reduce<kReduceTile, double>};
-static_assert(std::size(kInstances) + std::size(kDpreInstances) + std::size(kDweightInstances) +
-                  std::size(kReduceInstances) ==
-              kBwdKernels);
-
-template <size_t kCount>
-Kernel kernel_for(const Instance (&instances)[kCount], const Inputs& in) {
-  for (const Instance& instance : instances) {
-    if (instance.path == pick_path(in) && instance.dtype == in.dtype) return instance.kernel;
-  }
-  throw std::logic_error("causal_conv1d: no kernel for this path and dtype");
-}
+constexpr Kernel kReduceInstances[] = {bwd_reduce<float>, bwd_reduce<double>};
+static_assert(std::size(kInstances) + std::size(kReduceInstances) == kBwdKernels);
 
 }  // namespace
 
 void bwd(const BwdParams& p, Stream stream) {
   const Plan plan = plan_bwd(p);
-  const Cut& cut = plan.cut;
-  const auto start = [&](const char* name, Kernel kernel, int64_t blocks, int64_t smem_bytes) {
-    launch({.name = name, .grid = {blocks}, .threads = plan.tile.threads, .smem_bytes = smem_bytes, .stream = stream},
-           kernel, p, cut);
-  };
-  if (pick_path(p) == Path::kGeneral) {
-    const int lanes = p.x_stride.l == 1 ? 32 : 1;
-    if (p.silu) start("causal_conv1d_bwd_dpre", kernel_for(kDpreInstances, p), cut.token_blocks, 0);
-    start("causal_conv1d_bwd_dweight", kernel_for(kDweightInstances, p),
-          ceil_div(partial_elements(p) * lanes, plan.tile.threads), 0);
+  const Path path = pick_path(p);
+  if (path == Path::kGeneral) bwd_general(p, plan, stream);
+  for (const Instance& instance : kInstances) {
+    if (instance.path != path || instance.dtype != p.dtype) continue;
+    launch({.name = plan.kernel,
+            .grid = {plan.cut.token_blocks + plan.cut.state_blocks},
+            .threads = plan.tile.threads,
+            .smem_bytes = plan.smem_bytes,
+            .stream = stream},
+           instance.kernel, p, plan.cut);
   }
-  start(plan.kernel, kernel_for(kInstances, p), cut.token_blocks + cut.state_blocks, plan.smem_bytes);
   const bool is_double = accumulator(p.dtype) == DType::kFloat64;
   launch({.name = "causal_conv1d_bwd_reduce",
           .grid = {ceil_div(p.channels, kReduceChannels) * (p.width + 1)},
           .threads = kReduceTile.threads,
           .smem_bytes = kReduceTile.threads * size_of(accumulator(p.dtype)),
           .stream = stream},
-         kReduceInstances[is_double], p, cut);
+         kReduceInstances[is_double], p, plan.cut);
 }
 
 }  // namespace seqkern::causal_conv1d::cuda

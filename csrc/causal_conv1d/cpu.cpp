@@ -110,10 +110,11 @@ struct Forward {
         convolve_in_windows(edge, workspace);
       } else {  // one pair, zeros around it
         T inputs[kPair + 2 * kWidth] = {}, outputs[kPair];
-        const int64_t begin = at_least(run.begin, t - kWidth), end = at_most(run.end, t + kPair + kWidth);
-        __builtin_memcpy(inputs + kWidth + (begin - t), from + begin, static_cast<size_t>(end - begin) * sizeof(T));
+        const int64_t begin = at_least(run.begin, kReverse ? t : t - kWidth);
+        const int64_t end = at_most(run.end, kReverse ? t + kPair + kWidth : t + kPair);
+        copy_some<kPair>(from + begin, end - begin, inputs + kWidth + (begin - t));
         convolve_time<kWidth, kSilu, kReverse>(inputs + kWidth, taps, outputs, 1);
-        __builtin_memcpy(to + t, outputs, static_cast<size_t>(edge.tokens) * sizeof(T));
+        copy_some<kPair>(outputs, edge.tokens, to + t);
       }
       t += edge.tokens;
     }
@@ -139,7 +140,7 @@ struct Forward {
       }
       for (int i = 0; i < kTokens; ++i) to[i] = i < part.tokens ? y.at(run.b, piece.channel, t + i) : ignored;
       convolve_channels<kWidth, kSilu, kReverse>(from, paired.rows + piece.channel, parameters.row(), to,
-                                                 kTokens * x.stride.l, pairs);
+                                                 kTokens * x.stride.l * size_of(p.dtype), pairs);
     }
     if (whole < piece.channels)
       convolve_in_windows({&run, piece.begin, piece.tokens, piece.channel + whole, piece.channels - whole}, workspace);
@@ -161,9 +162,8 @@ struct Forward {
       visit_width_and_silu(p, [&]<int kWidth, bool kSilu>() {
         g.for_each_walk(piece, kLanes<A>, [&](const Walk& walk) {
           const Taps<A, kWidth> taps(parameters, piece.channel + walk.channel, g.lanes_are_time);
-          convolve<kWidth, kSilu, A, T>(from.at(walk) - g.sign * g.S * from.step, g.sign * g.dilation * from.step,
-                                        walk.advance * from.step, taps, to.at(walk), walk.advance * to.step, walk.count,
-                                        walk.lanes);
+          convolve<kWidth, kSilu, A, T>(from.walk(walk, -g.sign * g.S), g.sign * g.dilation * from.step, taps,
+                                        to.walk(walk), walk.count, walk.lanes, 0);
         });
       });
       if (to.scratch) copy_out(y, piece, to);
@@ -199,10 +199,13 @@ struct Backward {
 
   const BwdParams& p;
   const Geometry g;
+  const Data<const T> x{static_cast<const T*>(p.x), p.x_stride};
+  const Data<const T> dy{static_cast<const T*>(p.dy), p.dy_stride};
+  const Data<T> dx{static_cast<T*>(p.dx), p.dx_stride};
   const Parameters<A> parameters{p, 1};
   const int64_t chunks = time_chunks(p);
-  const int64_t tokens = at_most(kTimeChunk, at_least(g.lanes_are_time ? 1024 : 32, 4 * g.S));  // of a piece
-  const int64_t channels = g.channels_of_piece(tokens);
+  const int64_t tokens = at_most(kTimeChunk, at_least(g.lanes_are_time ? kTimeChunk : BT, 4 * g.S));  // of a piece
+  const int64_t channels = g.lanes_are_time ? 1 : clamp((1<<14) / tokens / 16 * 16, 16, BC);
   A* const partials = static_cast<A*>(p.workspace);  // (B, chunks, W + 1, D)
 
   explicit Backward(const BwdParams& params) : p(params), g(params, !lanes_are_channels(params)) {}
@@ -248,7 +251,7 @@ struct Backward {
     const int64_t chunk_end = at_most(p.sequences.length, chunk_begin + kTimeChunk);
     for (int64_t t = chunk_begin; t < chunk_end; t += tokens)
       for_each_piece(p, b, t, at_most(tokens, chunk_end - t), block * channels, channels,
-                     [&](const Piece& piece) { differentiate_piece(piece, workspace); });
+                     [&](const Piece& piece) { piece_gradient(piece, workspace); });
 
     const int64_t valid = at_most(channels, p.channels - block * channels);
     for (int64_t j = 0; j <= p.width; ++j) {
@@ -261,8 +264,7 @@ struct Backward {
     }
   }
 
-  void differentiate_piece(const Piece& piece, Workspace& workspace) const {
-    Data<T> dx{static_cast<T*>(p.dx), p.dx_stride};
+  void piece_gradient(const Piece& piece, Workspace& workspace) const {
     if (piece.run->padding) return fill_zero(dx, piece);
     const Window<const A> dpre = activation_gradient(piece, workspace);
     if (reaches_final_state(piece)) {
@@ -282,55 +284,86 @@ struct Backward {
   Window<const A> activation_gradient(const Piece& piece, Workspace& workspace) const {
     const int64_t first = piece.begin - (g.sign > 0 ? 0 : g.S), last = piece.end() + (g.sign > 0 ? g.S : 0);
     const int64_t step = g.step_of(piece);
-    const Data<const T> x_data{static_cast<const T*>(p.x), p.x_stride};
-    const Data<const T> dy_data{static_cast<const T*>(p.dy), p.dy_stride};
-    // In the run only: pieces of states lie outside of it.
-    const int64_t in_first = at_least(first, piece.run->begin), in_last = at_most(last, piece.run->end);
     const Window<A> dpre{workspace.dpre + (piece.begin - first) * step, step, true};
-    if (in_first < in_last) {
-      Piece part = piece;
-      part.begin = in_first, part.tokens = in_last - in_first;
-      const int64_t before = g.sign > 0 ? g.S : 0, after = g.sign > 0 ? 0 : g.S;
-      const Window<const A> x = fill<A>(g, p, x_data, part, in_first - before, in_last + after, workspace.x);
-      const Window<const A> dy = fill<A>(g, p, dy_data, part, in_first, in_last, workspace.dy);
-
-      const int64_t own_first = clamp(piece.begin, in_first, in_last), own_last = clamp(piece.end(), in_first, in_last);
-      const int64_t bounds[] = {in_first, own_first, own_last, in_last};
-      for (int i = 0; i < 3; ++i) {  // ascending: what a vector writes beyond its tokens is overwritten
-        Piece section = piece;
-        section.begin = bounds[i], section.tokens = bounds[i + 1] - bounds[i];
-        if (section.tokens == 0) continue;
-        Vec<A>* const sums = i == 1 ? workspace.sums : workspace.ignored;
-        visit_width_and_silu(p, [&]<int kWidth, bool kSilu>() {
-          g.for_each_walk(section, kLanes<A>, [&](const Walk& walk) {
-            const Taps<A, kWidth> taps(parameters, piece.channel + walk.channel, g.lanes_are_time);
-            const int64_t skip = section.begin - in_first, to = section.begin - piece.begin;
-            differentiate<kWidth, kSilu, A>(x.at(walk) + (skip - g.sign * g.S) * step, g.sign * g.dilation * step,
-                                            taps, dy.at(walk) + skip * step, dpre.at(walk) + to * step,
-                                            walk.advance * step, walk.count, walk.lanes,
-                                            sums + walk.channel / kLanes<A> * (p.width + 1));
-          });
-        });
-      }
-    }
-    for (int64_t t = first; t < last; ++t)
-      if (t < in_first || t >= in_last)
-        for (int64_t c = 0; c < step; ++c) dpre.origin[(t - piece.begin) * step + c] = 0;
-    if (g.lanes_are_time)  // a last vector is read whole
-      for (int64_t i = 0; i < kLanes<A>; ++i) dpre.origin[last - piece.begin + i] = 0;
+    // In the run only: pieces of states lie outside of it.
+    const int64_t in_first = clamp(piece.run->begin, first, last), in_last = clamp(piece.run->end, in_first, last);
+    const int64_t own_first = clamp(piece.begin, in_first, in_last), own_last = clamp(piece.end(), in_first, in_last);
+    const auto section = [&](int64_t begin, int64_t end, Vec<A>* sums) {
+      if (begin >= end) return;
+      const Piece part{piece.run, begin, end - begin, piece.channel, piece.channels};
+      differentiate_activation(part, {dpre.origin + (begin - piece.begin) * step, step, true}, sums, workspace);
+    };
+    // Ascending: what a vector writes beyond its tokens is overwritten.
+    section(in_first, own_first, workspace.ignored);
+    section(own_first, own_last, workspace.sums);
+    section(own_last, in_last, workspace.ignored);
+    const auto clear = [&](int64_t begin, int64_t end) {
+      for (A* e = dpre.origin + (begin - piece.begin) * step; e < dpre.origin + (end - piece.begin) * step; ++e) *e = 0;
+    };
+    clear(first, in_first);
+    clear(in_last, g.lanes_are_time ? last + kLanes<A> : last);  // a last vector is read whole
     return {dpre.origin, step, true};
+  }
+
+  // The same of a piece all inside its run.
+  void differentiate_activation(const Piece& piece, const Window<A>& dpre, Vec<A>* sums, Workspace& workspace) const {
+    const Run& run = *piece.run;
+    const bool adjacent = g.lanes_are_time ? x.stride.l == 1 && dy.stride.l == 1 : x.stride.d == 1 && dy.stride.d == 1;
+    Piece body = piece;  // whole vectors that read no state: straight from memory
+    body.begin = clamp(run.begin + (g.sign > 0 ? g.S : 0), piece.begin, piece.end());
+    body.tokens = at_least(0, at_most(piece.end(), run.end - (g.sign > 0 ? 0 : g.S)) - body.begin);
+    if (g.lanes_are_time)
+      body.tokens = body.tokens / kLanes<A> * kLanes<A>;
+    else
+      body.channels = body.channels / kLanes<A> * kLanes<A>;
+    if (!adjacent || body.tokens == 0 || body.channels == 0) return differentiate_in_windows(piece, dpre, sums, workspace);
+
+    const auto part = [&](int64_t begin, int64_t end, int64_t channel, int64_t end_channel) {
+      if (begin >= end || channel >= end_channel) return;
+      const Window<A> to{dpre.origin + (begin - piece.begin) * dpre.step + channel, dpre.step, true};
+      differentiate_in_windows({&run, begin, end - begin, piece.channel + channel, end_channel - channel}, to,
+                               sums + channel / kLanes<A> * (p.width + 1), workspace);
+    };
+    part(piece.begin, body.begin, 0, piece.channels);
+    const Window<const T> from{x.at(run.b, body.channel, body.begin), x.stride.l, false};
+    const Window<const T> gradient{dy.at(run.b, body.channel, body.begin), dy.stride.l, false};
+    differentiate_piece(body, from, gradient, {dpre.origin + (body.begin - piece.begin) * dpre.step, dpre.step, true},
+                        sums);
+    part(body.begin, body.end(), body.channels, piece.channels);
+    part(body.end(), piece.end(), 0, piece.channels);
+  }
+
+  void differentiate_in_windows(const Piece& piece, const Window<A>& dpre, Vec<A>* sums, Workspace& workspace) const {
+    const int64_t first = piece.begin - (g.sign > 0 ? g.S : 0), last = piece.end() + (g.sign > 0 ? 0 : g.S);
+    const Window<const A> from = fill<A>(g, p, x, piece, first, last, workspace.x);
+    const Window<const A> gradient = fill<A>(g, p, dy, piece, piece.begin, piece.end(), workspace.dy);
+    differentiate_piece(piece, from, gradient, dpre, sums);
+  }
+
+  template <class From>
+  void differentiate_piece(const Piece& piece, const Window<From>& from, const Window<From>& gradient,
+                           const Window<A>& dpre, Vec<A>* sums) const {
+    visit_width_and_silu(p, [&]<int kWidth, bool kSilu>() {
+      g.for_each_walk(piece, kLanes<A>, [&](const Walk& walk) {
+        const Taps<A, kWidth> taps(parameters, piece.channel + walk.channel, g.lanes_are_time);
+        differentiate<kWidth, kSilu, A>(from.walk(walk, -g.sign * g.S), g.sign * g.dilation * from.step, taps,
+                                        gradient.walk(walk), dpre.walk(walk), walk.count, walk.lanes,
+                                        g.lanes_are_time ? kPrefetchBytes : tokens * from.step * int64_t{sizeof(From)},
+                                        sums + walk.channel / kLanes<A> * (p.width + 1));
+      });
+    });
   }
 
   // dx_t = sum_j weight_j dpre_{t + (W - 1 - j) dilation}
   template <class Out>
-  void input_gradient(const Piece& piece, const Window<const A>& dpre, const Window<Out>& dx) const {
+  void input_gradient(const Piece& piece, const Window<const A>& dpre, const Window<Out>& to) const {
     visit_width(p, [&]<int kWidth>() {
       g.for_each_walk(piece, kLanes<A>, [&](const Walk& walk) {
         Taps<A, kWidth> taps(parameters, piece.channel + walk.channel, g.lanes_are_time);
         taps.bias = Vec<A>{};
-        convolve<kWidth, false, A, Out>(dpre.at(walk) + g.sign * g.S * dpre.step, -g.sign * g.dilation * dpre.step,
-                                        walk.advance * dpre.step, taps, dx.at(walk), walk.advance * dx.step, walk.count,
-                                        walk.lanes);
+        convolve<kWidth, false, A, Out>(dpre.walk(walk, g.sign * g.S), -g.sign * g.dilation * dpre.step, taps,
+                                        to.walk(walk), walk.count, walk.lanes,
+                                        g.lanes_are_time ? kPrefetchBytes : tokens * to.step * int64_t{sizeof(Out)});
       });
     });
   }

@@ -66,7 +66,14 @@ struct PairedParameters<BFloat16> {
   }
 };
 
-constexpr int64_t kPrefetchBytes = 2048;
+// memcpy of a count that is mostly kUsual, and then no call.
+template <int kUsual, class T>
+inline void copy_some(const T* from, int64_t count, T* to) {
+  if (count == kUsual)
+    __builtin_memcpy(to, from, kUsual * sizeof(T));
+  else
+    __builtin_memcpy(to, from, static_cast<size_t>(count) * sizeof(T));
+}
 
 // Outputs `pairs` pairs of consecutive tokens. Reads up to kWidth tokens before x, or after its end for reverse.
 template <int kWidth, bool kSilu, bool kReverse, class T>
@@ -74,8 +81,8 @@ void convolve_time(const T* x, const Taps<float, kWidth>& given, T* y, int64_t p
   const Taps<float, kWidth> taps = given;
   for (int64_t i = 0; i < pairs; ++i, x += kPair, y += kPair) {
     for (int64_t line = 0; line < kPair * static_cast<int64_t>(sizeof(T)); line += 64) {
-      prefetch_read(reinterpret_cast<const char*>(x) + kPrefetchBytes + line);
-      prefetch_write(reinterpret_cast<char*>(y) + kPrefetchBytes + line);
+      prefetch_read(x, kPrefetchBytes + line);
+      prefetch_write(y, kPrefetchBytes + line);
     }
     Float sum[2] = {taps.bias, taps.bias};
     for (int j = 0; j < kWidth; ++j)
@@ -90,13 +97,13 @@ void convolve_time(const T* x, const Taps<float, kWidth>& given, T* y, int64_t p
 constexpr int kTokens = 4;
 
 template <int kWidth, bool kSilu, bool kReverse, class T>
-void convolve_channels(const T* const* x, const float* parameters, int64_t row, T* const* y, int64_t next_block,
+void convolve_channels(const T* const* x, const float* parameters, int64_t row, T* const* y, int64_t next_bytes,
                        int64_t pairs) {
   for (int64_t c = 0; c < pairs * kPair; c += kPair) {
     for (int i = 0; i < kTokens; ++i)
-      for (int64_t line = 0; line < kPair; line += 64 / static_cast<int64_t>(sizeof(T))) {
-        prefetch_read(x[kWidth - 1 + i] + next_block + c + line);
-        prefetch_write(y[i] + next_block + c + line);
+      for (int64_t line = 0; line < kPair * static_cast<int64_t>(sizeof(T)); line += 64) {
+        prefetch_read(x[kWidth - 1 + i] + c, next_bytes + line);
+        prefetch_write(y[i] + c, next_bytes + line);
       }
     Float v[kTokens + kWidth - 1][2];
     for (int i = 0; i < kTokens + kWidth - 1; ++i) load_pair(x[i] + c, v[i]);

@@ -37,6 +37,15 @@ struct Walk {
   int lanes;
 };
 
+// Vector i is at p + i step.
+template <class T>
+struct Stride {
+  T* p;
+  int64_t step;
+
+  T* operator[](int64_t i) const { return p + i * step; }
+};
+
 // Elements of a piece and its surroundings: token t, channel c at origin[(t - piece.begin) * step + c].
 template <class T>
 struct Window {
@@ -44,7 +53,10 @@ struct Window {
   int64_t step;
   bool scratch;  // not the tensor itself
 
-  T* at(const Walk& walk) const { return origin + walk.token * step + walk.channel; }
+  // The vectors of a walk, or those `tokens` tokens later.
+  Stride<T> walk(const Walk& w, int64_t tokens = 0) const {
+    return {origin + (w.token + tokens) * step + w.channel, w.advance * step};
+  }
 };
 
 // body.template operator()<kWidth>(): widths worth a compile-time constant, 0 for all others.
@@ -67,6 +79,9 @@ inline void visit_width_and_silu(const Inputs& p, const Body& body) {
       body.template operator()<kWidth, false>();
   });
 }
+
+// How far ahead of a loop along contiguous memory its next lines are fetched.
+constexpr int64_t kPrefetchBytes = 2048;
 
 // Calls body(piece) for the part of every run in tokens [begin, begin + tokens) of batch row b. Runs are sorted.
 template <class Body>
@@ -123,8 +138,11 @@ inline UInt activated_bits(Float sum) {
 template <bool kSilu, class T, class A>
 inline void store_activated(T* y, Vec<A> sum, int lanes) {
   if constexpr (kSame<T, BFloat16>) {
-    const UShort bits = __builtin_convertvector(activated_bits<kSilu>(sum) >> 16, UShort);
-    __builtin_memcpy(y, &bits, static_cast<size_t>(at_most(lanes, kLanes<A>)) * sizeof(T));
+    const UInt bits = activated_bits<kSilu>(sum) >> 16;
+    if (lanes == kLanes<A>) return store_low_halves(y, bits);
+    T whole[kLanes<A>];
+    store_low_halves(whole, bits);
+    __builtin_memcpy(y, whole, static_cast<size_t>(lanes) * sizeof(T));
   } else {
     store<A>(y, activation<T, kSilu>(sum), lanes);
   }
@@ -290,45 +308,62 @@ inline void fill_zero(const Data<T>& y, const Piece& piece) {
 }
 
 // sum_j weight_j x_j + bias, always in this order.
-template <class A, int kWidth>
-inline Vec<A> weighted_sum(const A* x, int64_t tap, const Taps<A, kWidth>& taps) {
+template <class A, int kWidth, class T>
+inline Vec<A> weighted_sum(const T* x, int64_t tap, const Taps<A, kWidth>& taps) {
   Vec<A> sum = taps.bias;
   for (int j = 0; j < taps.width(); ++j) sum = madd(taps.weight[j], load<A>(x + j * tap), sum);
   return sum;
 }
 
-// y_i = [silu] sum_j weight_j x_{i, j} + bias for `count` vectors i; x_{i, j} lies at x + i x_step + j tap.
+// y_i = [silu] sum_j weight_j x_{i, j} + bias for `count` vectors i; x_{i, j} lies at x[i] + j tap.
 template <int kWidth, bool kSilu, class A, class T>
-void convolve(const A* x, int64_t tap, int64_t x_step, const Taps<A, kWidth>& given, T* y, int64_t y_step,
-              int64_t count, int lanes) {
+void convolve(Stride<const A> x, int64_t tap, const Taps<A, kWidth>& given, Stride<T> y, int64_t count, int lanes,
+              int64_t prefetch_bytes) {
   const Taps<A, kWidth> taps = given;
   for (int64_t i = 0; i < count; ++i) {
-    store_activated<kSilu, T, A>(y + i * y_step, weighted_sum(x + i * x_step, tap, taps), lanes);
+    prefetch_write(y[i], prefetch_bytes);
+    store_activated<kSilu, T, A>(y[i], weighted_sum(x[i], tap, taps), lanes);
   }
 }
 
-// dpre_i = dy_i [silu'(pre_i)]; adds dpre_i x_{i, j} to sums[j] and dpre_i to sums[W]. All windows step alike.
-template <int kWidth, bool kSilu, class A>
-void differentiate(const A* x, int64_t tap, const Taps<A, kWidth>& given, const A* dy, A* dpre, int64_t step,
-                   int64_t count, int lanes, Vec<A>* sums) {
+// dpre_i = dy_i [silu'(pre_i)]; adds dpre_i x_{i, j} to sums[j] and dpre_i to sums[W].
+template <int kWidth, bool kSilu, class A, class T>
+void differentiate(Stride<const T> x, int64_t tap, const Taps<A, kWidth>& given, Stride<const T> dy, Stride<A> dpre,
+                   int64_t count, int lanes, int64_t prefetch_bytes, Vec<A>* sums) {
   const Taps<A, kWidth> taps = given;
   const int width = taps.width();
   Taps<A, kWidth> sum = taps;  // of W products, and in `bias` of dpre
   for (int j = 0; j < width; ++j) sum.weight[j] = Vec<A>{};
   sum.bias = Vec<A>{};
-  Vec<A> index{};
-  for (int lane = 0; lane < kLanes<A>; ++lane) index[lane] = static_cast<A>(lane);
-  const auto valid = index < static_cast<A>(lanes);
-  for (int64_t i = 0; i < count; ++i) {
-    const A* const xi = x + i * step;
-    Vec<A> gradient = load<A>(dy + i * step);
-    if constexpr (kSilu) gradient *= silu_derivative(weighted_sum(xi, tap, taps));
-    store<A>(dpre + i * step, gradient);
-    // Lanes that are not the piece's are left out, not multiplied by 0: they may hold NaN.
-    for (int j = 0; j < width; ++j)
-      sum.weight[j] = valid ? madd(gradient, load<A>(xi + j * tap), sum.weight[j]) : sum.weight[j];
-    sum.bias = valid ? sum.bias + gradient : sum.bias;
-  }
+  const auto valid = first_lanes<A>(lanes);
+  const auto each = [&]<bool kWhole>() {
+    for (int64_t i = 0; i < count; ++i) {
+      prefetch_read(x[i], prefetch_bytes);
+      prefetch_read(dy[i], prefetch_bytes);
+      const auto tap_of = [&](int j) { return load<A>(x[i] + j * tap); };
+      Vec<A> loaded[kWidth == 0 ? 1 : kWidth];  // before the store, which might be to the same memory for all C++ knows
+      for (int j = 0; j < kWidth; ++j) loaded[j] = tap_of(j);
+      const auto x_of = [&](int j) { return kWidth == 0 ? tap_of(j) : loaded[j]; };
+      Vec<A> gradient = load<A>(dy[i]);
+      if constexpr (kSilu) {
+        Vec<A> pre = taps.bias;
+        for (int j = 0; j < width; ++j) pre = madd(taps.weight[j], x_of(j), pre);
+        gradient *= silu_derivative(pre);
+      }
+      store<A>(dpre[i], gradient);
+      // Lanes that are not the piece's are left out, not multiplied by 0: they may hold NaN.
+      for (int j = 0; j < width; ++j) {
+        const Vec<A> next = madd(gradient, x_of(j), sum.weight[j]);
+        sum.weight[j] = kWhole ? next : select(valid, next, sum.weight[j]);
+      }
+      const Vec<A> next = sum.bias + gradient;
+      sum.bias = kWhole ? next : select(valid, next, sum.bias);
+    }
+  };
+  if (lanes == kLanes<A>)
+    each.template operator()<true>();
+  else
+    each.template operator()<false>();
   for (int j = 0; j < width; ++j) sums[j] += sum.weight[j];
   sums[width] += sum.bias;
 }

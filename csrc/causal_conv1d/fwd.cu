@@ -7,6 +7,13 @@
 namespace seqkern::causal_conv1d::cuda {
 namespace {
 
+template <typename T>
+constexpr Tile kTimeTile = pick_fwd_tile(Path::kTime, kDType<T>);
+template <typename T>
+constexpr Tile kChannelTile = pick_fwd_tile(Path::kChannel, kDType<T>);
+template <typename T>
+constexpr Tile kGeneralTile = pick_fwd_tile(Path::kGeneral, kDType<T>);
+
 // y from pre, in the data's dtype.
 template <typename T, typename A>
 __device__ __forceinline__ T output(const Inputs& p, A pre) {
@@ -32,9 +39,10 @@ __device__ __forceinline__ void write_final_state(const FwdParams& p, int64_t i)
 // shared   none
 // bytes    per token: size read, size written (requested: kHalo / vector more reads, from L1)
 // limits   B D L / (vector count threads) < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
+template <typename T>
+__global__ void __launch_bounds__(kTimeTile<T>.threads, kTimeTile<T>.blocks_per_sm)
     fwd_time(const __grid_constant__ FwdParams p, const __grid_constant__ Cut cut) {
+  constexpr Tile kTile = kTimeTile<T>;
   if (blockIdx.x >= cut.token_blocks) {
     return write_final_state<T>(p, global_thread() - cut.token_blocks * kTile.threads);
   }
@@ -66,13 +74,13 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
     for (int64_t begin = max(tau, int64_t{0}), end; begin < stop; begin = end) {
       const Span span = span_in_window<kPast + kVector>(p.sequences, b, begin, tau - kPast);
       end = min(span.end, stop);
-
+      const Past past(p, b, d, span, begin, tau - kPast);
       float window[kPast + kVector];  // x_{tau - kPast} ...
 #pragma unroll
       for (int i = 0; i < kPast; ++i) window[i] = to<float>(halo[0][kHalo - kPast + i]);
 #pragma unroll
       for (int i = 0; i < kVector; ++i) window[kPast + i] = to<float>(own[0][i]);
-      mask_past(window, tau - kPast, p, b, d, span, begin);
+      past.replace_in(window);
 
       Vector<T, kVector> out;
 #pragma unroll
@@ -93,9 +101,10 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
 // shared   weights and bias of the block's channels
 // bytes    per token: size read, size written (requested: kPast / count more reads, from L1)
 // limits   B L D / (vector count threads) < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
+template <typename T>
+__global__ void __launch_bounds__(kChannelTile<T>.threads, kChannelTile<T>.blocks_per_sm)
     fwd_channel(const __grid_constant__ FwdParams p, const __grid_constant__ Cut cut) {
+  constexpr Tile kTile = kChannelTile<T>;
   if (blockIdx.x >= cut.token_blocks) {
     return write_final_state<T>(p, global_thread() - cut.token_blocks * kTile.threads);
   }
@@ -149,9 +158,10 @@ __global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
 // shared   none
 // bytes    per token: size read, size written (requested: W times the reads)
 // limits   B D L / threads < 2^31 blocks
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm)
+template <typename T>
+__global__ void __launch_bounds__(kGeneralTile<T>.threads, kGeneralTile<T>.blocks_per_sm)
     fwd_general(const __grid_constant__ FwdParams p, const __grid_constant__ Cut cut) {
+  constexpr Tile kTile = kGeneralTile<T>;
   if (blockIdx.x >= cut.token_blocks) {
     return write_final_state<T>(p, global_thread() - cut.token_blocks * kTile.threads);
   }
@@ -173,28 +183,17 @@ struct Instance {
   Kernel kernel;
 };
 
-template <Path kPath, typename T>
-constexpr Instance instance() {
-  constexpr Tile kTile = pick_fwd_tile(kPath, kDType<T>);
-  if constexpr (kPath == Path::kTime)
-    return {kPath, kDType<T>, fwd_time<kTile, T>};
-  else if constexpr (kPath == Path::kChannel)
-    return {kPath, kDType<T>, fwd_channel<kTile, T>};
-  else
-    return {kPath, kDType<T>, fwd_general<kTile, T>};
-}
-
 constexpr Instance kInstances[] = {
-    instance<Path::kTime, float>(),
-    instance<Path::kTime, __nv_bfloat16>(),
-    instance<Path::kTime, __half>(),
-    instance<Path::kChannel, float>(),
-    instance<Path::kChannel, __nv_bfloat16>(),
-    instance<Path::kChannel, __half>(),
-    instance<Path::kGeneral, float>(),
-    instance<Path::kGeneral, __nv_bfloat16>(),
-    instance<Path::kGeneral, __half>(),
-    instance<Path::kGeneral, double>(),
+    {Path::kTime, DType::kFloat32, fwd_time<float>},
+    {Path::kTime, DType::kBFloat16, fwd_time<__nv_bfloat16>},
+    {Path::kTime, DType::kFloat16, fwd_time<__half>},
+    {Path::kChannel, DType::kFloat32, fwd_channel<float>},
+    {Path::kChannel, DType::kBFloat16, fwd_channel<__nv_bfloat16>},
+    {Path::kChannel, DType::kFloat16, fwd_channel<__half>},
+    {Path::kGeneral, DType::kFloat32, fwd_general<float>},
+    {Path::kGeneral, DType::kBFloat16, fwd_general<__nv_bfloat16>},
+    {Path::kGeneral, DType::kFloat16, fwd_general<__half>},
+    {Path::kGeneral, DType::kFloat64, fwd_general<double>},
 };
 static_assert(std::size(kInstances) == kFwdKernels);
 

@@ -16,8 +16,9 @@ namespace {
 // shared   none
 // bytes    per channel: T sizes read and written, state_size columns read and written
 // limits   B D / threads < 2^31 blocks; batch rows that share a state row are undefined
-template <Tile kTile, typename T>
-__global__ void __launch_bounds__(kTile.threads, kTile.blocks_per_sm) step_kernel(const __grid_constant__ StepParams p) {
+template <typename T>
+__global__ void __launch_bounds__(kStepTile.threads, kStepTile.blocks_per_sm)
+    step_kernel(const __grid_constant__ StepParams p) {
   using A = Accumulator<T>;
   constexpr int kAtOnce = 4;  // columns that move in registers together
   const auto [b, d] = divide(global_thread(), p.channels);
@@ -71,13 +72,12 @@ struct Instance {
   void (*kernel)(StepParams);
 };
 
-template <typename T>
-constexpr Instance instance() {
-  return {kDType<T>, step_kernel<kStepTile, T>};
-}
-
-constexpr Instance kInstances[] = {instance<float>(), instance<__nv_bfloat16>(), instance<__half>(),
-                                   instance<double>()};
+constexpr Instance kInstances[] = {
+    {DType::kFloat32, step_kernel<float>},
+    {DType::kBFloat16, step_kernel<__nv_bfloat16>},
+    {DType::kFloat16, step_kernel<__half>},
+    {DType::kFloat64, step_kernel<double>},
+};
 static_assert(std::size(kInstances) == kStepKernels);
 
 }  // namespace

@@ -29,7 +29,6 @@ enum class Path { kTime, kChannel, kGeneral };
 constexpr int kMaxTaps = 4;            // W of the time and channel paths
 constexpr int kPast = kMaxTaps - 1;    // tokens before its own that a thread of these paths needs
 constexpr int kHalo = 4;               // elements loaded for them: kPast, rounded up to a vector
-constexpr int kChunk = 512;            // tokens whose weight gradients are summed before they go to the workspace
 constexpr int kChannelLanes = 8;       // bwd_channel: threads along channels; the rest of the block along time
 constexpr int kReduceChannels = 32;    // reduce: channels of a block; its warps share the partial sums of each
 
@@ -59,9 +58,19 @@ constexpr Tile pick_fwd_tile(Path path, DType dtype) {
 constexpr Tile pick_bwd_tile(Path path, DType dtype) {
   const int vector = vector_along_time(dtype);
   switch (path) {
-    case Path::kTime: return {.threads = 128, .vector = vector, .count = kChunk / (32 * vector), .blocks_per_sm = 5};
-    case Path::kChannel: return {.threads = 256, .vector = 4, .count = kChunk * kChannelLanes / 256, .blocks_per_sm = 2};
+    case Path::kTime: return {.threads = 128, .vector = vector, .count = 16 / vector, .blocks_per_sm = 5};
+    case Path::kChannel: return {.threads = 128, .vector = 4, .count = 16, .blocks_per_sm = 3};
     default: return {.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 4};
+  }
+}
+
+// Tokens whose weight gradients are summed in registers before they go to the workspace: of a warp on the time path,
+// of a block on the channel path.
+constexpr int chunk_of(Path path, const Tile& tile) {
+  switch (path) {
+    case Path::kTime: return 32 * tile.vector * tile.count;
+    case Path::kChannel: return tile.threads / kChannelLanes * tile.count;
+    default: return 512;
   }
 }
 
@@ -167,11 +176,13 @@ inline Plan plan_fwd(const FwdParams& p) {
   return plan;
 }
 
-// Chunks of a row, of kChunk tokens each (time path: of kChunk / vector vectors).
+// Chunks of a row; on the time path counted in whole vectors.
 inline int64_t chunks_of_row(const Inputs& in) {
-  if (pick_path(in) != Path::kTime) return ceil_div(in.sequences.length, kChunk);
-  const int vector = vector_along_time(in.dtype);
-  return ceil_div(vectors_of_row(in, vector), kChunk / vector);
+  const Path path = pick_path(in);
+  const Tile tile = pick_bwd_tile(path, in.dtype);
+  const int64_t vectors = path == Path::kTime ? vectors_of_row(in, tile.vector)
+                                              : ceil_div(in.sequences.length, tile.vector);
+  return ceil_div(vectors, chunk_of(path, tile) / tile.vector);
 }
 
 // Of the backward: partial sums (B, chunks, W + 1, D), the last row of W + 1 for the bias; and on the general path
@@ -210,7 +221,7 @@ inline Plan plan_bwd(const BwdParams& p) {
       plan.smem_bytes = (kMaxTaps + 1) * cut.lanes * tile.vector * (1 + tile.threads / cut.lanes) * 4;
       break;
     case Path::kGeneral:
-      plan.kernel = "causal_conv1d_bwd_general";
+      plan.kernel = "causal_conv1d_bwd_dx";
       cut.token_blocks = ceil_div(elements(p), tile.threads);
       plan.launches = p.silu ? 4 : 3;
       break;
@@ -238,7 +249,8 @@ constexpr Plan plan_step(const StepParams& p) {
 // Kernel instances: 3 dtypes on the time and channel paths and 4 on the general one, forward and backward (dpre, dx
 // and weight sums apart on the general path); the reduction for 2 accumulators; the step for 4 dtypes.
 constexpr int kFwdKernels = 2 * 3 + 4;
-constexpr int kBwdKernels = 2 * 3 + 3 * 4 + 2;
+constexpr int kBwdKernels = 2 * 3 + 2;
+constexpr int kBwdGeneralKernels = 3 * 4;
 constexpr int kStepKernels = 4;
 
 }  // namespace cuda

@@ -132,19 +132,26 @@ __device__ __forceinline__ Near newest_columns(const Inputs& p, const Array& sta
   return columns;
 }
 
-// window holds x from token `first` on; what lies before `span`, entered at its token `begin`, becomes its past [state].
-template <int kCount>
-__device__ __forceinline__ void mask_past(float (&window)[kCount], int64_t first, const Inputs& p, int64_t b, int64_t d,
-                                          const Span& span, int64_t begin) {
-  if (span.begin <= first) return;
-  const int64_t initial = visible_initial_row(p, b, span, begin - p.state_size());
-  const Near past = newest_columns(p, p.initial_state, initial, d);
-  const int masked = static_cast<int>(span.begin - first);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if (i < masked) window[i] = past.at(masked - i);
+// What a window from token `first` on needs of the time before `span`, which is entered at its token `begin` [state].
+struct Past {
+  int count;  // places of the window that lie before the span
+  Near columns{};
+
+  __device__ __forceinline__ Past(const Inputs& p, int64_t b, int64_t d, const Span& span, int64_t begin, int64_t first)
+      : count(static_cast<int>(max(span.begin - first, int64_t{0}))) {
+    if (count == 0) return;
+    columns = newest_columns(p, p.initial_state, visible_initial_row(p, b, span, begin - p.state_size()), d);
   }
-}
+
+  template <int kCount>
+  __device__ __forceinline__ void replace_in(float (&window)[kCount]) const {
+    if (count == 0) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i < count) window[i] = columns.at(count - i);
+    }
+  }
+};
 
 template <typename T, int kCount>
 __device__ __forceinline__ Vector<T, kCount> reversed(const Vector<T, kCount>& v) {

@@ -107,6 +107,18 @@ inline Double madd(Double a, Double b, Double c) {
 #endif
 }
 
+// Masks are vectors of integers, all bits set or none.
+template <class A>
+inline auto first_lanes(int n) {
+  Vec<A> index{};
+  for (int i = 0; i < kLanes<A>; ++i) index[i] = static_cast<A>(i);
+  return index < static_cast<A>(n);
+}
+template <class Mask, class V>
+inline V select(Mask mask, V yes, V no) {
+  return mask ? yes : no;
+}
+
 template <class A>
 inline A sum_of_lanes(Vec<A> v) {
   A sum = 0;
@@ -158,6 +170,16 @@ inline T narrow(A x) {
   }
 }
 
+template <class T>
+inline void store_low_halves(T* p, UInt bits) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+#else
+  const UShort low = __builtin_convertvector(bits, UShort);
+  __builtin_memcpy(p, &low, sizeof low);
+#endif
+}
+
 // kLanes<A> elements at p.
 template <class A, class T>
 inline Vec<A> load(const T* p) {
@@ -200,8 +222,7 @@ inline void store(T* p, Vec<A> v) {
       return;
     }
 #endif
-    const UShort bits = __builtin_convertvector(narrow(T{}, v), UShort);
-    __builtin_memcpy(p, &bits, sizeof bits);
+    store_low_halves(p, narrow(T{}, v));
   } else {
     for (int i = 0; i < kLanes<A>; ++i) p[i] = narrow<T>(v[i]);
   }
@@ -269,7 +290,7 @@ inline Double silu(Double x) { return x * sigmoid(x); }
 template <class V>
 inline V silu_derivative(V x) {
   const V s = sigmoid(x);
-  return s * (1.f + x * (1.f - s));
+  return s * madd(x, 1 - s, V{} + 1);
 }
 
 // silu(x) for an 8-bit significand, given scaled = -log2(e) x: to 1.4e-4 of its value.
@@ -288,10 +309,14 @@ inline Float silu_of_scaled(Float scaled) {
 
 // ---- Memory ----
 
-// Loads cache lines some way ahead of where a loop reads and writes: neither hardware nor the order of execution looks
-// far enough, across pages least of all.
-inline void prefetch_read(const void* p) { __builtin_prefetch(p, 0); }
-inline void prefetch_write(void* p) { __builtin_prefetch(p, 1); }
+// Fetch the cache line `bytes` ahead of where a loop reads or writes: neither the hardware nor the order of execution
+// looks far enough, across pages least of all. The line need not exist.
+inline void prefetch_read(const void* p, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)), 0);
+}
+inline void prefetch_write(const void* p, int64_t bytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)), 1);
+}
 
 // One allocation cut into arrays that start on cache lines.
 class Scratch {

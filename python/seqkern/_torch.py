@@ -22,8 +22,8 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
     if sum(transform.key() == TransformType.Jvp for transform in transforms) > 1:
         # torch switches forward mode off inside a Function's jvp: the second tangent would silently be zero.
         raise RuntimeError(
-            "seqkern: forward mode inside forward mode (jvp of jvp, jacfwd of jacfwd) is not supported; take one of the "
-            "derivatives in reverse mode, as torch.func.hessian does"
+            "seqkern: forward mode inside forward mode (jvp of jvp, jacfwd of jacfwd) is not supported; take one of "
+            "the derivatives in reverse mode, as torch.func.hessian does"
         )
     if transforms or forward_ad._current_level >= 0:
         return True

@@ -1,6 +1,6 @@
 """What an operator would launch for a shape on a GPU, and the bytes it moves; needs no GPU.
 
-    python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --width 4 --dtype bf16
+python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --width 4 --dtype bf16
 """
 
 import argparse

@@ -20,7 +20,7 @@ struct Shared {
   float value[64];
 };
 
-// --- shared memory -----------------------------------------------------------------------------------------------
+// --- shared memory
 
 __global__ void read_dynamic(float* y) {
   Shared& s = shared_memory<Shared>();
@@ -80,7 +80,7 @@ const Fault too_many_threads("too_many_threads", [] {
   launch({.name = "read_dynamic", .grid = {.x = 2, .y = 3}, .threads = 2048}, read_dynamic, y.data);
 });
 
-// --- indices that are out of bounds ------------------------------------------------------------------------------
+// --- indices that are out of bounds
 
 __global__ void copy_one_too_many(const float* x, float* y, int n) {
   if (static_cast<int>(threadIdx.x) <= n) y[threadIdx.x] = x[threadIdx.x];
@@ -109,7 +109,7 @@ const Fault member_out_of_bounds("member_out_of_bounds", [] {
   launch({.name = "write_behind_member", .grid = {}, .threads = 64, .smem_bytes = 512}, write_behind_member, 1);
 });
 
-// --- vectors -----------------------------------------------------------------------------------------------------
+// --- vectors
 
 // y[0 .. n) = 2 x[0 .. n), 8 elements to a thread, whatever n is.
 __global__ void twice(const __nv_bfloat16* x, float* y, int n) {
@@ -158,7 +158,7 @@ const Fault misaligned_vector("misaligned_vector", [] {
   launch({.name = "load_from", .grid = {}, .threads = 1}, load_from, x.data + 1, y.data);
 });
 
-// --- cp.async ----------------------------------------------------------------------------------------------------
+// --- cp.async
 
 struct Stages {
   float value[2][128];  // 4 of a thread

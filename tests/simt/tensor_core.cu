@@ -80,7 +80,7 @@ const Case mma_bfloat16("mma_bfloat16", check_product_16<__nv_bfloat16>);
 const Case mma_half("mma_half", check_product_16<__half>);
 const Case mma_tf32("mma_tf32", [] { check_product<float>(multiply_tf32, 8, 0, round_to_tf32); });
 
-// --- ldmatrix: element (r, c) of matrix i is 100 i + 10 r + c ----------------------------------------------------
+// --- ldmatrix: element (r, c) of matrix i is 100 i + 10 r + c
 
 template <int kCount, bool kTranspose>
 __global__ void load_numbered(int* y) {

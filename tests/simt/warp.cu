@@ -100,7 +100,7 @@ const Case shuffles_of_types("shuffles_of_types", [] {
   expect("sum_of_types", run_warp(y, sum_of_types), [](int i) { return 5 * (i ^ 1); });
 });
 
-// --- planted bugs ------------------------------------------------------------------------------------------------
+// --- planted bugs
 
 __global__ void shuffle_in_a_branch(int* y) {
   if (threadIdx.x < 16) {

@@ -93,12 +93,15 @@ void first_steps() {
 }  // namespace
 
 struct Fiber::Stack {
-  char* memory = nullptr;
   size_t bytes = stack_bytes();
+  char* memory = static_cast<char*>(std::malloc(bytes));
   Context context;
-  void* tsan_fiber = nullptr;
+  void* tsan_fiber = has_thread_sanitizer() ? __tsan_create_fiber(0) : nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
 
+  Stack() {
+    if (!memory) throw std::bad_alloc();
+  }
   ~Stack() {
     std::free(memory);
     if (tsan_fiber) __tsan_destroy_fiber(tsan_fiber);
@@ -108,17 +111,12 @@ struct Fiber::Stack {
 Fiber::Fiber() = default;
 Fiber::~Fiber() = default;
 Fiber::Fiber(Fiber&&) noexcept = default;
+Fiber& Fiber::operator=(Fiber&&) noexcept = default;
 
 void Fiber::start(void (*entry)()) {
-  // ThreadSanitizer would compare accesses to an old stack with those of the fiber that had it before.
-  if (!stack_ || has_thread_sanitizer()) stack_ = std::make_unique<Stack>();
+  if (!stack_) stack_ = std::make_unique<Stack>();
   Stack& s = *stack_;
-  if (!s.memory) {
-    s.memory = static_cast<char*>(std::malloc(s.bytes));
-    if (!s.memory) throw std::bad_alloc();
-  }
   if (has_address_sanitizer()) __asan_unpoison_memory_region(s.memory, s.bytes);
-  if (has_thread_sanitizer()) s.tsan_fiber = __tsan_create_fiber(0);
   entry_of_new_fiber = entry;
   s.context.prepare(s.memory, s.bytes & ~size_t{15}, &first_steps);
 }

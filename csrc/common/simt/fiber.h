@@ -11,6 +11,7 @@ class Fiber {
   Fiber();
   ~Fiber();
   Fiber(Fiber&&) noexcept;
+  Fiber& operator=(Fiber&&) noexcept;
 
   void start(void (*entry)());  // the next resume() calls entry, which must not return; what ran here before is dropped
   void resume();                // from the scheduler, until the fiber suspends itself

@@ -17,7 +17,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, seqkern::simt::Site where = 
   seqkern::simt::meet("__syncwarp", mask, where, nullptr, nullptr, true);
 }
 
-// --- shuffles ----------------------------------------------------------------------------------------------------
+// --- shuffles
 
 namespace seqkern::simt {
 
@@ -78,7 +78,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = warpSize,
   return seqkern::simt::shuffle("__shfl_xor_sync", mask, value, source <= last ? source : lane, where);
 }
 
-// --- votes -------------------------------------------------------------------------------------------------------
+// --- votes
 
 namespace seqkern::simt {
 
@@ -114,7 +114,7 @@ inline int __all_sync(unsigned mask, int predicate, seqkern::simt::Site where = 
   return seqkern::simt::ballot("__all_sync", mask, predicate == 0, where) == 0;
 }
 
-// --- atomics and fences ------------------------------------------------------------------------------------------
+// --- atomics and fences
 
 // Relaxed, as CUDA's are: they order no other memory.
 namespace seqkern::simt {

@@ -24,7 +24,7 @@ inline constexpr int64_t kMaxSharedBytes = 227 << 10;  // per block, sm_90
 // cannot end or do what CUDA leaves undefined.
 void run(const char* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
-// --- settings and counters ---------------------------------------------------------------------------------------
+// --- settings and counters
 
 struct Settings {
   int schedule = 0;           // order of warps, lanes and blocks: 0 ascending, 1 descending, from 2 on seeded random
@@ -42,7 +42,7 @@ Counters& counters();
 void count_read(const void* address, size_t bytes);  // shared memory is not counted
 void count_write(const void* address, size_t bytes);
 
-// --- what a running thread can do --------------------------------------------------------------------------------
+// --- what a running thread can do
 
 // Ends the launch with an error that names the kernel and the thread.
 [[noreturn]] void fail(const std::string& what, Site where);
@@ -69,7 +69,7 @@ struct AsyncCopies {
 };
 AsyncCopies& async_copies();  // of this thread
 
-// --- threads of a warp that meet ---------------------------------------------------------------------------------
+// --- threads of a warp that meet
 
 // What the lanes of a mask brought along. A lane that has ended, or is not in the mask, is not there.
 template <typename Record>

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <new>
 #include <stdexcept>
@@ -35,32 +36,33 @@ Block::~Block() {
 namespace {
 
 constexpr size_t kSharedAlignment = 128;
-constexpr size_t kKeptBlocks = 8;
+constexpr size_t kSpareFibers = 1000;
 constexpr unsigned kOvertaking = 64;  // in a seeded order a warp stops early once in so many steps
 
 std::mutex one_launch_at_a_time;
-std::vector<std::unique_ptr<Block>> kept_blocks;  // with their stacks, for the blocks to come
+std::deque<Fiber> spare_fibers;  // of threads that have ended, oldest first
 
 [[noreturn]] void raise(const std::string& what) {
   throw std::runtime_error("seqkern: " + std::string(grid_now->kernel) + " in the emulator: " + what);
 }
 
-void fill_shared_memory(Block& block, size_t bytes) {
-  const bool sanitized = has_thread_sanitizer() || has_address_sanitizer();
-  if (sanitized || !block.shared) {
-    std::free(block.shared);
-    block.shared = nullptr;
-    void* memory = nullptr;
-    // Exactly as many bytes as asked for, so that AddressSanitizer sees the first one behind them.
-    const size_t needed = sanitized ? std::max<size_t>(bytes, 1) : static_cast<size_t>(kMaxSharedBytes);
-    if (posix_memalign(&memory, kSharedAlignment, needed)) throw std::bad_alloc();
-    block.shared = static_cast<char*>(memory);
-  }
+void allocate_shared_memory(Block& block, size_t bytes) {
+  void* memory = nullptr;
+  // Exactly as many bytes as asked for, so that AddressSanitizer sees the first one behind them.
+  if (posix_memalign(&memory, kSharedAlignment, std::max<size_t>(bytes, 1))) throw std::bad_alloc();
+  block.shared = static_cast<char*>(memory);
   std::memset(block.shared, 0xff, bytes);  // NaN
-  if (static_shared_bytes()) {
-    block.static_shared = std::make_unique<char[]>(static_shared_bytes());
-    std::memset(block.static_shared.get(), 0xff, static_shared_bytes());
-  }
+  block.static_shared = std::make_unique<char[]>(static_shared_bytes());
+  std::memset(block.static_shared.get(), 0xff, static_shared_bytes());
+}
+
+// To ThreadSanitizer, what runs on a fiber follows what ran there before. So it gets one that was used long ago: races
+// between blocks that are near each other are found.
+Fiber take_fiber() {
+  if (spare_fibers.size() < (has_thread_sanitizer() ? kSpareFibers : 1)) return Fiber();
+  Fiber oldest = std::move(spare_fibers.front());
+  spare_fibers.pop_front();
+  return oldest;
 }
 
 std::unique_ptr<Block> new_block(size_t number) {
@@ -71,22 +73,13 @@ std::unique_ptr<Block> new_block(size_t number) {
   return block;
 }
 
-// Takes the stacks and the shared memory of a block that has ended, if there is one. ThreadSanitizer would take the
-// accesses of two blocks to the same memory for a race; for it ended blocks are kept because it forgets with a fiber
-// where in the source that fiber was.
 void start_block(Block& block) {
   const dim3 size = grid_now->threads;
   const unsigned threads = size.x * size.y * size.z;
-  if (!kept_blocks.empty() && !has_thread_sanitizer()) {
-    block.threads.swap(kept_blocks.back()->threads);
-    std::swap(block.shared, kept_blocks.back()->shared);
-    kept_blocks.pop_back();
-  }
-  if (block.threads.size() != threads) block.threads = std::vector<Thread>(threads);
-  block.warps.assign((threads + kLanes - 1) / kLanes, Warp{});
+  allocate_shared_memory(block, grid_now->shared_bytes);
+  block.threads.resize(threads);
+  block.warps.resize((threads + kLanes - 1) / kLanes);
   block.live = threads;
-  block.started = true;
-  fill_shared_memory(block, grid_now->shared_bytes);
   for (unsigned i = 0; i < threads; ++i) {
     Thread& t = block.threads[i];
     Warp& warp = block.warps[i / kLanes];
@@ -94,17 +87,18 @@ void start_block(Block& block) {
     t.lane = i % kLanes;
     t.warp = &warp;
     t.block = &block;
-    t.copies = AsyncCopies{};
     if (t.lane == 0) warp.threads = &t;
     warp.live |= 1u << t.lane;
     make_runnable(t);
+    t.fiber = take_fiber();
     t.fiber.start(&thread_main);
   }
+  block.started = true;
 }
 
-void keep_block(std::unique_ptr<Block> block) {
-  kept_blocks.push_back(std::move(block));
-  if (kept_blocks.size() > kKeptBlocks) kept_blocks.erase(kept_blocks.begin());
+void keep_fibers(Block& block) {
+  for (Thread& t : block.threads) spare_fibers.push_back(std::move(t.fiber));
+  while (spare_fibers.size() > 2 * kSpareFibers) spare_fibers.pop_front();
 }
 
 // Makes the block the one whose variables the threads see.
@@ -198,8 +192,8 @@ void run_blocks() {
       went_on |= run_block(*block);
       if (!block->ended()) continue;
       if (grid_now->loaded == block) grid_now->loaded = nullptr;
+      keep_fibers(*block);
       const auto place = std::find_if(resident.begin(), resident.end(), [&](auto& b) { return b.get() == block; });
-      keep_block(std::move(*place));
       resident.erase(place);
     }
     if (went_on) continue;

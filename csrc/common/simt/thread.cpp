@@ -187,7 +187,7 @@ void after_acquire() {
   acquire(&fences);
 }
 
-// --- memory ------------------------------------------------------------------------------------------------------
+// --- memory
 
 void* shared_memory(size_t bytes, Site where) {
   if (bytes > grid_now->shared_bytes) {

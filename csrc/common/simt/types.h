@@ -7,7 +7,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline  // forcing it makes sanitized code many times as large
 #define __launch_bounds__(...)
 #define __grid_constant__
 // Static shared memory lives in a section of its own, so that the emulator can fill it and keep one copy per block.
