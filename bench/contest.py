@@ -33,7 +33,7 @@ class Result:
     others_share: float  # of the machine, used by other programs while this was timed
 
     def condition(self, name: str) -> str:
-        """The condition that stands for a contestant's steady speed: on CUDA without the cost of launches, if possible."""
+        """What stands for a contestant's steady speed: on CUDA without the cost of launches, if possible."""
         return "graph" if "graph" in self.times[name] else "warm"
 
     def time(self, name: str) -> Timing:
@@ -150,7 +150,7 @@ class Contest:
 
 
 def _captured(calls: dict[str, Callable]) -> dict[str, Callable]:
-    """The calls as CUDA graphs, without those that cannot be captured, such as loops over lengths read from the device."""
+    """The calls as CUDA graphs, but for those that read from the device, which cannot be captured."""
     graphs = {}
     for name, call in calls.items():
         with contextlib.suppress(RuntimeError):

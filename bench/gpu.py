@@ -23,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from install import environment
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 DEADLINE_S = 480
@@ -101,18 +103,15 @@ class Session:
 
 
 def install(session: Session) -> str:
-    import install as installer
-
-    if session.dry_run and session.wheel is None:
+    if session.wheel is None and session.dry_run:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--no-index"]
         session.command([*command, "--no-deps", "--no-build-isolation", str(ROOT)])
         return "metadata of the source tree; the seqkern that is installed is used"
-    archs = os.environ.get("SEQKERN_CUDA_ARCHS") or _native_arch(session)
-    program = "import pathlib, sys; sys.path.insert(0, sys.argv[1]); from install import install; "
-    program += "install(pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3]))"
-    session.python("-c", program, HERE, session.wheel or ROOT, session.site, SEQKERN_CUDA_ARCHS=archs)
-    session.environment = installer.environment(session.site)
-    return f"wheel {session.wheel.name}" if session.wheel else f"built for {archs}"
+    archs = None if session.wheel else os.environ.get("SEQKERN_CUDA_ARCHS") or _native_arch(session)
+    chosen = {"SEQKERN_CUDA_ARCHS": archs} if archs else {}
+    session.python(HERE / "install.py", session.wheel or ROOT, session.site, **chosen)
+    session.environment = environment(session.site)
+    return f"built for {archs}" if archs else f"wheel {session.wheel.name}"
 
 
 def _native_arch(session: Session) -> str:
@@ -279,7 +278,7 @@ def run(session: Session, stages: list[Stage]) -> int:
     print(f"\n{'stage':<12}{'verdict':<13}{'s':>6}  detail\n{'-' * min(100, 33 + width)}")
     for stage in done:
         print(f"{stage['stage']:<12}{stage['verdict']:<13}{stage['seconds']:>6.0f}  {stage['detail']}")
-    print(f"\nwrote {session.out}")
+    print(f"\nresults in {session.out}")
     return any(stage["verdict"] in ("FAIL", "timeout") for stage in done)
 
 

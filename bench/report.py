@@ -106,14 +106,14 @@ def _notes(results: list[Result]) -> list[str]:
     return notes
 
 
-def document(op: str, device: str, results: list[Result], ceilings: dict, arguments: dict) -> dict:
+def document(op: str, device: str, results: list[Result], ceilings: dict, quick: bool) -> dict:
     """Everything that was measured, as plain data."""
     return {
         "schema": SCHEMA,
         "operator": op,
         "device": device,
         "machine": machine.facts(device),
-        "arguments": arguments,
+        "quick": quick,
         "ceilings": {
             name: {str(size): rate for size, rate in value.items()} if isinstance(value, dict) else value
             for name, value in ceilings.items()

@@ -1,16 +1,14 @@
 """The machine's ceilings, measured: copy, read and write bandwidth by size, and multiply-add rates.
 
-    python3 bench/roofline.py [--device cpu|cuda]
-
 The floor of a benchmark row is the larger of two times: that of a copy of as many bytes into existing memory, taken in
 the row's own turns, and its operations at the multiply-add rate measured here (matrix products: within 15 % of the
 arithmetic peak, and what a program can reach).
 """
 
-import argparse
 from collections.abc import Callable
 
 import torch
+from measure import timed
 
 SIZES = (2**20, 2**23, 2**25, 2**27, 2**29)  # bytes read plus bytes written
 QUICK_SIZES = (2**23, 2**25)
@@ -43,8 +41,6 @@ def _product(dtype: torch.dtype, device: str) -> Callable:
 
 def measure(device: str, quick: bool = False) -> dict:
     """{"copy"|"read"|"write": {bytes: GB/s}, "float32"|"bfloat16": GFLOP/s}; quick: copies of two sizes, float32."""
-    from measure import timed
-
     rounds = 5 if quick else 15
     moves = {"copy": copy} if quick else {"copy": copy, "read": _read, "write": _write}
     sizes = QUICK_SIZES if quick else SIZES
@@ -72,11 +68,3 @@ def describe(ceilings: dict) -> str:
         else:
             lines.append(f"  {name:<9} {value:.0f} GFLOP/s, matrix product")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true")
-    arguments = parser.parse_args()
-    print(describe(measure(arguments.device, arguments.quick)))

@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--base", metavar="REF", help="compare the working tree with this commit instead")
     options.add_argument("--peer-sdist", action="append", default=[], metavar="PATH", help="a peer's .tar.gz or folder")
     options.add_argument("--list", action="store_true", help="print the labels of the chosen rows and stop")
+    options.add_argument("--ceilings", action="store_true", help="measure the machine's ceilings and stop")
     options.add_argument("--as-installed", action="store_true", help="set up nothing: use the seqkern that imports")
     return options
 
@@ -54,6 +55,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.list:
         print("\n".join(row.label for row in rows))
+        return 0
+    if arguments.ceilings:
+        import roofline
+
+        for device in dict.fromkeys(row.device for row in rows):
+            print(f"{device}:\n{roofline.describe(roofline.measure(device, arguments.quick))}")
         return 0
     if arguments.base:
         import compare
@@ -96,8 +103,8 @@ def bench(rows: list, arguments: argparse.Namespace) -> int:
             failed = True
             continue
         print(f"\n{op} on {device}\n{report.table(results)}\n")
-        options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-        for path in report.write(arguments.out, report.document(op, device, results, ceilings, options), results):
+        document = report.document(op, device, results, ceilings, arguments.quick)
+        for path in report.write(arguments.out, document, results):
             print(f"wrote {path}")
     return 1 if failed else 0
 
@@ -112,7 +119,7 @@ def measure(op: str, device: str, rows: list, arguments: argparse.Namespace) -> 
     budget = arguments.budget or (QUICK_BUDGET_S if arguments.quick else float("inf"))
     checked = []
     for number, row in enumerate(rows, 1):
-        if time.monotonic() - start > budget / 2:
+        if checked and time.monotonic() - start > budget / 2:
             break
         progress(f"[check {number}/{len(rows)}] {row.label}")
         contest = Contest(row, arguments.quick)
@@ -138,7 +145,7 @@ def measure(op: str, device: str, rows: list, arguments: argparse.Namespace) -> 
     print(f"\nceilings of this machine, {device}:\n{roofline.describe(ceilings)}")
     results = []
     for number, (contest, lines, errors) in enumerate(checked, 1):
-        if time.monotonic() - start > budget:
+        if results and time.monotonic() - start > budget:
             break
         progress(f"[time {number}/{len(rows)}] {contest.row.label}")
         results.append(contest.run(ceilings, lines, errors))

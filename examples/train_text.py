@@ -133,8 +133,8 @@ def learning_rate(step: int, steps: int) -> float:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, text: Tensor, options: argparse.Namespace) -> float:
-    """Mean loss over the first 64 windows of the text, one after another."""
-    starts = torch.arange(0, len(text) - options.length, options.length)[:64]
+    """Mean loss over 128 windows that are spread over the text."""
+    starts = torch.linspace(0, len(text) - options.length - 1, 128).long()
     batches = starts.split(options.batch)
     losses = [loss_of(model, *windows(text, batch, options.length, options.device)) * len(batch) for batch in batches]
     return float(sum(losses)) / len(starts)

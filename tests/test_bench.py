@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -140,10 +141,13 @@ def test_pages_are_reused_or_fresh():
         torch.ones(2**24)  # 64 MB, 16384 pages of 4 KB
 
     def faults(call):
-        call()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        call()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        """Of a typical call: the first finds the pages of the one before, and any may lose a corner of its block."""
+        counts = []
+        for _ in range(7):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            call()
+            counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return statistics.median(counts)
 
     with reused_pages():
         assert faults(allocate) < 100

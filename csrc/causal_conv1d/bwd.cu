@@ -76,19 +76,21 @@ __global__ void __launch_bounds__(kTimeTile<T>.threads, kTimeTile<T>.blocks_per_
 #pragma unroll 1
   for (int u = 0; u < kTile.count; ++u) {
     const int64_t tau = chunk * chunk_of(Path::kTime, kTile) + (u * kWarpSize + lane) * kVector - shift;
+    if (tau >= length) break;
     const int64_t stop = min(tau + kVector, length);
-    const Vector<T, kHalo> x_before = load_tokens<kHalo>(x, tau - kHalo, length);
-    const Vector<T, kVector> x_own = load_tokens<kVector>(x, tau, length);
-    const Vector<T, kHalo> x_after = load_tokens<kHalo>(x, tau + kVector, length);
-    const Vector<T, kVector> dy_own = load_tokens<kVector>(dy, tau, length);
-    const Vector<T, kHalo> dy_after = load_tokens<kHalo>(dy, tau + kVector, length);
-
-    // A piece: the tokens of this vector that belong to one span.
+    // A piece: the tokens of this vector that belong to one span. A second one, which is rare, loads them again.
     for (int64_t begin = max(tau, int64_t{0}), end; begin < stop; begin = end) {
+      const Vector<T, kHalo> x_before = load_tokens<kHalo>(x, tau - kHalo, length);
+      const Vector<T, kVector> x_own = load_tokens<kVector>(x, tau, length);
+      const Vector<T, kHalo> x_after = load_tokens<kHalo>(x, tau + kVector, length);
+      const Vector<T, kVector> dy_own = load_tokens<kVector>(dy, tau, length);
+      const Vector<T, kHalo> dy_after = load_tokens<kHalo>(dy, tau + kVector, length);
       const Span span = span_in_window<kPast + kVector + kPast>(p.sequences, b, begin, tau - kPast);
       end = min(span.end, stop);
       const int first = static_cast<int>(begin - tau), last = static_cast<int>(end - tau);
       const Past past(p, b, d, span, begin, tau - kPast);
+      const int64_t final = visible_final_row(p, p.dfinal_state, b, span, end - 1);
+      const Near dfinal = newest_columns(p, p.dfinal_state, final, d);
       float window[kPast + kVector + kPast];  // x_{tau - kPast} ...
 #pragma unroll
       for (int i = 0; i < kPast; ++i) window[i] = to<float>(x_before[kHalo - kPast + i]);
@@ -108,11 +110,10 @@ __global__ void __launch_bounds__(kTimeTile<T>.threads, kTimeTile<T>.blocks_per_
       }
 
       Vector<T, kVector> out;
-      const int64_t final = visible_final_row(p, p.dfinal_state, b, span, end - 1);
-      const Near dfinal = newest_columns(p, p.dfinal_state, final, d);
+      const int to_end = static_cast<int>(span.end - tau);  // used near the end only
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        out[i] = to<T>(dx_of(taps, p.width, dpre + i, final < 0 ? 0.0f : dfinal.at(span.end - tau - i)));
+        out[i] = to<T>(dx_of(taps, p.width, dpre + i, final < 0 ? 0.0f : dfinal.at(to_end - i)));
       }
       store_tokens(dx, tau, out, first, last);
 

@@ -204,11 +204,18 @@ struct Backward {
   const Data<T> dx{static_cast<T*>(p.dx), p.dx_stride};
   const Parameters<A> parameters{p, 1};
   const int64_t chunks = time_chunks(p);
-  const int64_t tokens = at_most(kTimeChunk, at_least(g.lanes_are_time ? kTimeChunk : BT, 4 * g.S));  // of a piece
-  const int64_t channels = g.lanes_are_time ? 1 : clamp((1<<14) / tokens / 16 * 16, 16, BC);
+  const int64_t tokens = at_most(kTimeChunk, at_least(g.lanes_are_time ? kTimeChunk : 16, 4 * g.S));  // of a piece
+  const int64_t channels = g.lanes_are_time ? 1 : channels_of_block();
   A* const partials = static_cast<A*>(p.workspace);  // (B, chunks, W + 1, D)
 
   explicit Backward(const BwdParams& params) : p(params), g(params, !lanes_are_channels(params)) {}
+
+  // Wide blocks read memory in long stretches; four or more of them keep threads busy.
+  int64_t channels_of_block() const {
+    const int64_t widest = clamp((1 << 13) / tokens, 16, 512);
+    const int64_t blocks = round_up(ceil_div(p.channels, widest), ceil_div(4, at_least(1, p.sequences.batch * chunks)));
+    return at_least(16, round_up(ceil_div(p.channels, at_least(1, blocks)), 16));
+  }
 
   // What a piece of up to `tokens` tokens works in.
   struct Workspace {

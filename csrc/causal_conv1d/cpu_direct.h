@@ -107,16 +107,17 @@ void convolve_channels(const T* const* x, const float* parameters, int64_t row, 
       }
     Float v[kTokens + kWidth - 1][2];
     for (int i = 0; i < kTokens + kWidth - 1; ++i) load_pair(x[i] + c, v[i]);
-    for (int i = 0; i < kTokens; ++i) {
-      Float sum[2];
-      for (int half = 0; half < 2; ++half) {
-        const float* const weight = parameters + c + half * kLanes<float>;
-        sum[half] = load<float>(weight + kWidth * row);
-        for (int j = 0; j < kWidth; ++j)
-          sum[half] = madd(load<float>(weight + j * row), v[kReverse ? i + kWidth - 1 - j : i + j][half], sum[half]);
+    Float sum[kTokens][2];
+    for (int half = 0; half < 2; ++half) {
+      const float* const weight = parameters + c + half * kLanes<float>;
+      for (int i = 0; i < kTokens; ++i) sum[i][half] = load<float>(weight + kWidth * row);
+      for (int j = 0; j < kWidth; ++j) {
+        const Float weight_j = load<float>(weight + j * row);
+        for (int i = 0; i < kTokens; ++i)
+          sum[i][half] = madd(weight_j, v[kReverse ? i + kWidth - 1 - j : i + j][half], sum[i][half]);
       }
-      store_pair<kSilu>(y[i] + c, sum);
     }
+    for (int i = 0; i < kTokens; ++i) store_pair<kSilu>(y[i] + c, sum[i]);
   }
 }
 

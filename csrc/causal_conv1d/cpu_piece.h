@@ -60,8 +60,8 @@ struct Window {
 };
 
 // body.template operator()<kWidth>(): widths worth a compile-time constant, 0 for all others.
-template <class Body>
-inline void visit_width(const Inputs& p, const Body& body) {
+template <class Params, class Body>
+inline void visit_width(const Params& p, const Body& body) {
   switch (p.width) {
     case 2: return body.template operator()<2>();
     case 3: return body.template operator()<3>();
@@ -70,8 +70,8 @@ inline void visit_width(const Inputs& p, const Body& body) {
   }
 }
 
-template <class Body>
-inline void visit_width_and_silu(const Inputs& p, const Body& body) {
+template <class Params, class Body>
+inline void visit_width_and_silu(const Params& p, const Body& body) {
   visit_width(p, [&]<int kWidth>() {
     if (p.silu)
       body.template operator()<kWidth, true>();
@@ -148,9 +148,9 @@ inline void store_activated(T* y, Vec<A> sum, int lanes) {
   }
 }
 
-template <class A>
-inline A without_payload(A x) {
-  return x == x ? x : static_cast<A>(__builtin_nanf(""));
+template <class V>
+inline V without_payload(V x) {
+  return x == x ? x : V{} + __builtin_nanf("");
 }
 
 // weight and bias as accumulators, times `scale`, lanes last: (W + 1, padded D); row W is the bias, or zeros.
@@ -164,15 +164,20 @@ class Parameters {
         scratch_(Scratch::bytes_of<A>((p.width + 1) * row_)),
         rows_(scratch_.template take<A>((p.width + 1) * row_)) {
     visit_dtype(p.weight.dtype, [&]<class T>() {
+      const T* const weight = static_cast<const T*>(p.weight.data);
+      int64_t whole = 0;  // channels done by vectors
+      visit_width(p, [&]<int kWidth>() {
+        if constexpr (kWidth > 0) whole = split<kWidth>(weight, p.channels, scale);
+      });
       for (int64_t j = 0; j < width_; ++j)
-        fill(static_cast<const T*>(p.weight.data) + j, width_, p.channels, scale, rows_ + j * row_);
+        fill(weight + whole * width_ + j, width_, whole, p.channels, scale, rows_ + j * row_);
     });
     if (p.bias)
       visit_dtype(p.bias.dtype, [&]<class T>() {
-        fill(static_cast<const T*>(p.bias.data), 1, p.channels, scale, rows_ + width_ * row_);
+        fill(static_cast<const T*>(p.bias.data), 1, 0, p.channels, scale, rows_ + width_ * row_);
       });
     else
-      fill(rows_, 0, 0, scale, rows_ + width_ * row_);
+      fill(rows_, 0, 0, 0, scale, rows_ + width_ * row_);
   }
 
   int64_t width() const { return width_; }
@@ -186,9 +191,21 @@ class Parameters {
 
  private:
   template <class T>
-  void fill(const T* from, int64_t stride, int64_t channels, A scale, A* row) {
-    for (int64_t d = 0; d < channels; ++d) row[d] = without_payload(static_cast<A>(widen(from[d * stride])) * scale);
-    for (int64_t d = channels; d < row_; ++d) row[d] = 0;
+  void fill(const T* from, int64_t stride, int64_t begin, int64_t end, A scale, A* row) {
+    for (int64_t d = begin; d < end; ++d, from += stride) row[d] = without_payload(static_cast<A>(widen(*from)) * scale);
+    for (int64_t d = end; d < row_; ++d) row[d] = 0;
+  }
+
+  template <int kWidth, class T>
+  int64_t split(const T* weight, int64_t channels, A scale) {
+    int64_t d = 0;
+    for (; d + kLanes<A> <= channels; d += kLanes<A>) {
+      Vec<A> rows[kWidth], columns[kWidth];
+      for (int j = 0; j < kWidth; ++j) rows[j] = load<A>(weight + d * kWidth + j * kLanes<A>);
+      split_columns<kWidth, A>(rows, columns);
+      for (int j = 0; j < kWidth; ++j) store<A>(rows_ + j * row_ + d, without_payload(columns[j] * scale));
+    }
+    return d;
   }
 
   int64_t row_, width_;

@@ -14,63 +14,127 @@ inline int64_t state_row(const StepParams& p, int64_t b) {
   return row < p.rows ? row : -1;
 }
 
-// Channels [d, d + lanes) of all batch rows; window: (S + T) vectors.
-template <class T, class State, int kWidth>
-void step_channels(const StepParams& p, const Parameters<Accumulator<T>>& parameters, int64_t d, int lanes,
-                   Accumulator<T>* window) {
+template <class T, class State>
+struct Step {
   using A = Accumulator<T>;
-  constexpr int64_t kStep = kLanes<A>;
-  const int64_t S = (p.width - 1) * p.dilation, K = p.state_size;
-  const Taps<A, kWidth> taps(parameters, d, false);
+  static constexpr int64_t kStep = kLanes<A>;
+
+  const StepParams& p;
+  const Parameters<A>& parameters;
+  const int64_t S = (p.width - 1) * p.dilation;
   const Data<const T> x{static_cast<const T*>(p.x), p.x_stride};
   const Data<T> y{static_cast<T*>(p.y), p.y_stride};
   const Data<State> state{static_cast<State*>(p.conv_state.data), p.conv_state_stride};
 
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t row = state_row(p, b);
-    if (row < 0) {
-      for (int64_t t = 0; t < p.tokens; ++t)
-        for (int64_t c = 0; c < lanes; ++c) *y.at(b, d + c, t) = T{};
-      continue;
-    }
-    for (int64_t s = 0; s < S; ++s) convert(state.at(row, d, K - S + s), state.stride.d, lanes, window + s * kStep);
-    for (int64_t t = 0; t < p.tokens; ++t) {
-      convert(x.at(b, d, t), x.stride.d, lanes, window + (S + t) * kStep);
-      const Vec<A> sum = weighted_sum(window + t * kStep, p.dilation * kStep, taps);
-      T out[kStep];
-      if (p.silu)
-        store_activated<true, T, A>(out, sum, lanes);
-      else
-        store_activated<false, T, A>(out, sum, lanes);
-      for (int c = 0; c < lanes; ++c) *y.at(b, d + c, t) = out[c];
-    }
-    for (int64_t column = 0; column < K; ++column) {
-      const int64_t token = column + p.tokens - K;
-      for (int64_t c = 0; c < lanes; ++c)
-        *state.at(row, d + c, column) = token < 0 ? *state.at(row, d + c, column + p.tokens)
-                                                  : narrow<State>(widen(*x.at(b, d + c, token)));
+  // Channels [d, d + lanes) of all batch rows; window: (S + T) vectors.
+  void advance(int64_t d, int lanes, A* window) const {
+    const Taps<A, 0> taps(parameters, d, false);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t row = state_row(p, b);
+      if (row < 0) {
+        skip(b, d, lanes);
+        continue;
+      }
+      for (int64_t s = 0; s < S; ++s)
+        convert(state.at(row, d, p.state_size - S + s), state.stride.d, lanes, window + s * kStep);
+      for (int64_t t = 0; t < p.tokens; ++t) {
+        convert(x.at(b, d, t), x.stride.d, lanes, window + (S + t) * kStep);
+        const Vec<A> sum = weighted_sum(window + t * kStep, p.dilation * kStep, taps);
+        T out[kStep];
+        if (p.silu)
+          store_activated<true, T, A>(out, sum, lanes);
+        else
+          store_activated<false, T, A>(out, sum, lanes);
+        for (int c = 0; c < lanes; ++c) *y.at(b, d + c, t) = out[c];
+      }
+      for (int64_t column = 0; column < p.state_size; ++column) {
+        const int64_t token = column + p.tokens - p.state_size;
+        for (int64_t c = 0; c < lanes; ++c)
+          *state.at(row, d + c, column) = token < 0 ? *state.at(row, d + c, column + p.tokens)
+                                                    : narrow<State>(widen(*x.at(b, d + c, token)));
+      }
     }
   }
-}
+
+  // The same for one token of kLanes neighbouring channels, whose kColumns columns each follow one another in memory,
+  // or lie in rows of neighbouring channels.
+  template <int kColumns, int kWidth, bool kSilu>
+  void advance_one_token(int64_t d) const {
+    const Taps<A, kWidth> taps(parameters, d, false);
+    const bool columns_adjacent = p.conv_state_stride.d != 1;
+    for (int64_t b = 0; b < p.batch; ++b) {
+      const int64_t row = state_row(p, b);
+      if (row < 0) {
+        skip(b, d, kLanes<A>);
+        continue;
+      }
+      State* const memory = state.at(row, d, 0);
+      const int64_t step = columns_adjacent ? kStep : state.stride.l;
+      Vec<A> rows[kColumns], window[kColumns + 1], columns[kColumns];
+      for (int c = 0; c < kColumns; ++c) rows[c] = load<A>(memory + c * step);
+      if (columns_adjacent)
+        split_columns<kColumns, A>(rows, columns);
+      else
+        for (int c = 0; c < kColumns; ++c) columns[c] = rows[c];
+      for (int c = 0; c < kColumns; ++c) window[c] = columns[c];
+      window[kColumns] = load<A>(x.at(b, d, 0));
+
+      Vec<A> sum = taps.bias;
+      for (int j = 0; j < kWidth; ++j) sum = madd(taps.weight[j], window[kColumns + 1 - kWidth + j], sum);
+      store_activated<kSilu, T, A>(y.at(b, d, 0), sum, kLanes<A>);
+
+      for (int c = 0; c < kColumns; ++c) columns[c] = window[c + 1];
+      if (columns_adjacent)
+        join_columns<kColumns, A>(columns, rows);
+      else
+        for (int c = 0; c < kColumns; ++c) rows[c] = columns[c];
+      for (int c = 0; c < kColumns; ++c) store<A>(memory + c * step, rows[c]);
+    }
+  }
+
+  void skip(int64_t b, int64_t d, int64_t lanes) const {
+    for (int64_t t = 0; t < p.tokens; ++t)
+      for (int64_t c = 0; c < lanes; ++c) *y.at(b, d + c, t) = T{};
+  }
+
+  void run() const {
+    const bool one_token = p.tokens == 1 && p.dilation == 1 && x.stride.d == 1 && y.stride.d == 1 &&
+                           (state.stride.d == 1 || (state.stride.l == 1 && state.stride.d == p.state_size));
+    const int64_t work = at_least(1, p.batch * p.tokens * (p.width + 8) * kStep);  // of a vector of channels
+    parallel_for(0, round_up(p.channels, kStep) / kStep, round_up(1 << 19, work) / work,
+                 [&](int64_t begin, int64_t end) {
+                   Scratch scratch(Scratch::bytes_of<A>((S + p.tokens) * kStep));
+                   A* const window = scratch.take<A>((S + p.tokens) * kStep);
+                   for (int64_t d = begin * kStep; d < end * kStep && d < p.channels; d += kStep) {
+                     const int lanes = static_cast<int>(at_most(kStep, p.channels - d));
+                     if (!one_token || lanes < kStep || !advance_one_token(d)) advance(d, lanes, window);
+                   }
+                 });
+  }
+
+  // Whether there is a form for these sizes.
+  bool advance_one_token(int64_t d) const {
+    bool done = false;
+    if constexpr (kSame<State, T> || kSame<State, A>)
+      visit_width_and_silu(p, [&]<int kWidth, bool kSilu>() {
+        if constexpr (kWidth > 0) {
+          if (p.state_size == kWidth - 1)
+            advance_one_token<kWidth - 1, kWidth, kSilu>(d);
+          else if (p.state_size == kWidth)
+            advance_one_token<kWidth, kWidth, kSilu>(d);
+          else
+            return;
+          done = true;
+        }
+      });
+    return done;
+  }
+};
 
 void step(const StepParams& p) {
   visit_dtype(p.dtype, [&]<class T>() {
-    using A = Accumulator<T>;
-    const Parameters<A> parameters(p, p.silu ? kParameterScale<T, true> : kParameterScale<T, false>);
-    const int64_t window_size = ((p.width - 1) * p.dilation + p.tokens) * kLanes<A>;
-    const int64_t work = at_least(1, p.batch * (p.tokens + p.width) * kLanes<A>);  // elements per vector of channels
-    visit_dtype(p.conv_state.dtype, [&]<class State>() {
-      parallel_for(0, round_up(p.channels, kLanes<A>) / kLanes<A>, round_up(1 << 17, work) / work,
-                   [&](int64_t begin, int64_t end) {
-                     Scratch scratch(Scratch::bytes_of<A>(window_size));
-                     A* const window = scratch.take<A>(window_size);
-                     for (int64_t i = begin; i < end; ++i) {
-                       const int64_t d = i * kLanes<A>;
-                       const int lanes = static_cast<int>(at_most(kLanes<A>, p.channels - d));
-                       step_channels<T, State, 0>(p, parameters, d, lanes, window);
-                     }
-                   });
-    });
+    const Parameters<Accumulator<T>> parameters(p, p.silu ? kParameterScale<T, true> : kParameterScale<T, false>);
+    visit_dtype(p.conv_state.dtype, [&]<class State>() { Step<T, State>{p, parameters}.run(); });
   });
 }
 

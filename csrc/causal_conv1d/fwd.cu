@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kTimeTile<T>.threads, kTimeTile<T>.blocks_per_
 #pragma unroll
   for (int u = 0; u < kTile.count; ++u) {
     const int64_t tau = (thread + u * cut.along_time) * kVector - shift;
+    if (tau >= length) continue;
     halo[u] = load_tokens<kHalo>(x, tau - kHalo, length);
     own[u] = load_tokens<kVector>(x, tau, length);
   }

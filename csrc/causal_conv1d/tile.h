@@ -51,7 +51,7 @@ constexpr Tile pick_fwd_tile(Path path, DType dtype) {
   switch (path) {
     case Path::kTime: return {.threads = 128, .vector = vector_along_time(dtype), .count = 2, .blocks_per_sm = 6};
     case Path::kChannel: return {.threads = 256, .vector = 4, .count = 8, .blocks_per_sm = 2};
-    default: return {.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 4};
+    default: return {.threads = 128, .vector = 1, .count = 1, .blocks_per_sm = 5};
   }
 }
 
@@ -60,7 +60,7 @@ constexpr Tile pick_bwd_tile(Path path, DType dtype) {
   switch (path) {
     case Path::kTime: return {.threads = 128, .vector = vector, .count = 16 / vector, .blocks_per_sm = 5};
     case Path::kChannel: return {.threads = 128, .vector = 4, .count = 16, .blocks_per_sm = 3};
-    default: return {.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 4};
+    default: return {.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 3};
   }
 }
 
@@ -74,7 +74,7 @@ constexpr int chunk_of(Path path, const Tile& tile) {
   }
 }
 
-constexpr Tile kReduceTile{.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 8};
+constexpr Tile kReduceTile{.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 6};
 constexpr Tile kStepTile{.threads = 128, .vector = 1, .count = 1, .blocks_per_sm = 8};
 
 // How a grid is cut. Blocks from `token_blocks` on own rows of states.

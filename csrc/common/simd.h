@@ -119,6 +119,64 @@ inline V select(Mask mask, V yes, V no) {
   return mask ? yes : no;
 }
 
+// {0, ..., n - 1} as a pack.
+template <int... kI>
+struct Indices {};
+template <int kN, int... kI>
+struct IndicesBelow : IndicesBelow<kN - 1, kN - 1, kI...> {};
+template <int... kI>
+struct IndicesBelow<0, kI...> {
+  using type = Indices<kI...>;
+};
+
+// Lane i of the result is lane source(i) of a, or lane source(i) - lanes of b.
+template <class Source, class V, int... kI>
+inline V shuffle(V a, V b, Indices<kI...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Source::of(kI)...);
+#else
+  return __builtin_shuffle(a, b, decltype(a < b){Source::of(kI)...});
+#endif
+}
+
+// kCount vectors hold rows of kCount elements one after the other: columns out of such rows, and back. The result is
+// gathered one vector after another; `of` a lane not found in vector kVector keeps what was found before.
+template <int kCount, int kLanes, int kPart, int kVector>
+struct FromRows {  // column kPart
+  static constexpr int of(int i) {
+    const int element = i * kCount + kPart;
+    return element / kLanes == kVector ? kLanes + element % kLanes : kVector == 1 ? element % kLanes : i;
+  }
+};
+template <int kCount, int kLanes, int kPart, int kVector>
+struct FromColumns {  // vector kPart of the rows
+  static constexpr int of(int i) {
+    const int element = kPart * kLanes + i;
+    return element % kCount == kVector ? kLanes + element / kCount : kVector == 1 ? element / kCount : i;
+  }
+};
+
+// kCount vectors `from` rearranged by Source (FromRows or FromColumns): part kPart of them, of vectors up to kVector.
+template <template <int, int, int, int> class Source, int kCount, int kPart, int kVector, class A>
+inline Vec<A> gather(const Vec<A>* from) {
+  if constexpr (kVector == 0)
+    return from[0];
+  else
+    return shuffle<Source<kCount, kLanes<A>, kPart, kVector>>(gather<Source, kCount, kPart, kVector - 1, A>(from),
+                                                              from[kVector], typename IndicesBelow<kLanes<A>>::type{});
+}
+
+template <int kCount, class A, int kPart = 0>
+inline void split_columns(const Vec<A>* rows, Vec<A>* columns) {
+  columns[kPart] = gather<FromRows, kCount, kPart, kCount - 1, A>(rows);
+  if constexpr (kPart + 1 < kCount) split_columns<kCount, A, kPart + 1>(rows, columns);
+}
+template <int kCount, class A, int kPart = 0>
+inline void join_columns(const Vec<A>* columns, Vec<A>* rows) {
+  rows[kPart] = gather<FromColumns, kCount, kPart, kCount - 1, A>(columns);
+  if constexpr (kPart + 1 < kCount) join_columns<kCount, A, kPart + 1>(columns, rows);
+}
+
 template <class A>
 inline A sum_of_lanes(Vec<A> v) {
   A sum = 0;

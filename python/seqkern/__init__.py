@@ -2,11 +2,11 @@
 
 from importlib.metadata import version
 
-from . import ops, reference
+from . import nn, ops, reference
 from ._config import batch_invariant
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 
 __version__ = version("seqkern")
-__all__ = ["__version__", "batch_invariant", "causal_conv1d", "causal_conv1d_step", "reference"]
+__all__ = ["__version__", "batch_invariant", "causal_conv1d", "causal_conv1d_step", "nn", "reference"]
 
 ops.register("seqkern")

@@ -1,4 +1,4 @@
-"""The recurrences in plain torch: same signatures, any dtype, differentiable, slow. What the kernels are tested against."""
+"""The recurrences in plain torch, the truth that kernels are tested against: same signatures, any dtype, slow."""
 
 from .ops.causal_conv1d import reference as causal_conv1d
 from .ops.causal_conv1d import reference_step as causal_conv1d_step

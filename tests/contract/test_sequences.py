@@ -257,7 +257,7 @@ def test_nan_and_inf_stay_in_their_sequence(operator, device, packing, reverse, 
         sick_inputs = inputs.but({name: mask(operator, name, inputs.tensors[name], hit, bad)})
         outputs, grads = sick_inputs.gradients(cotangents)
         sick = per_row(operator, outputs | grads)
-        exact = sick_inputs.to(torch.float64).outputs(operator.reference)
+        exact, exact_grads = sick_inputs.to(torch.float64).gradients(cotangents, operator.reference)
 
         own = torch.zeros(B, L, dtype=torch.bool, device=device)
         own[run.b, run.begin : run.end] = True
@@ -273,23 +273,21 @@ def test_nan_and_inf_stay_in_their_sequence(operator, device, packing, reverse, 
                 mine = run.initial if key.startswith("d") else run.final
                 others = [n for n in range(inputs.sizes["N"]) if n != mine]
                 assert_bitwise({key: value[others]}, {key: clean[key][others]})
-        # A finite number stands only where the truth is finite, and is then right.
-        for key, value in outputs.items():
-            truth = exact[key].isfinite()
-            assert not (value.isfinite() & ~truth).any(), key
-            assert not truth.all() or axis(operator, key, "L") is None, "the case does not show anything"
-            near = value.isfinite()
-            torch.testing.assert_close(value[near].double(), exact[key][near], rtol=1e-4, atol=1e-4)
-        assert not any(grad.isfinite().all() for key, grad in grads.items() if axis(operator, key, "L") is not None)
+        # A finite number stands only where the truth is finite, and is then right. (What the derivative is at infinity
+        # is a matter of the formula.)
+        assert not exact["y"].isfinite().all()
+        for key, value in (outputs | grads if bad != bad else outputs).items():
+            truth, finite = (exact | exact_grads)[key], value.isfinite()
+            assert not (finite & ~truth.isfinite()).any(), key
+            torch.testing.assert_close(value[finite].double(), truth[finite], rtol=1e-4, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("factors", [{}, {"layout": "transposed"}, {"packing": "cu_seqlens"}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_run_to_run_and_thread_count(operator, factors, dtype):
     """Bitwise, parameter gradients included, at a size that is worth dividing."""
-    B, *_ = operator.factors["shape"][0]
-    long = (B, 24, 6000)
-    shape = tuple(dict(zip("BDL", long, strict=True)).get(letter, 2) for letter in operator.shape.split())
+    sizes = {"B": 2, "L": 5000}
+    shape = tuple(sizes.get(letter, 16) for letter in operator.shape.split())
     inputs = operator.case(shape=shape, dtype=dtype, initial_state=True, return_final_state=True, **factors).inputs()
     cotangents = inputs.cotangents()
     threads = torch.get_num_threads()

@@ -280,7 +280,7 @@ class _ConvBackward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, tdy, tdfinal, tx, tweight, tbias, tinitial, *_):
-        dy, dfinal_state, x, weight, bias, initial_state, *packing = ctx.saved_tensors
+        dy, _, x, weight, bias, initial_state, *packing = ctx.saved_tensors
         linear = _Linear(packing, ctx.dilation, ctx.reverse)
         tdy = torch.zeros_like(dy) if tdy is None else tdy
         if ctx.silu:

@@ -36,9 +36,7 @@ class Row(NamedTuple):
         )
 
 
-def compare(
-    actual: Outputs, reference64: Outputs, plain: Outputs, *, accumulator: torch.dtype = torch.float32
-) -> list[Row]:
+def compare(actual: Outputs, reference64: Outputs, plain: Outputs) -> list[Row]:
     """The error of each output against a reference in float64, beside the error that plain PyTorch makes.
 
     An element may be off by one rounding to its dtype, plus MULTIPLE times the largest error that plain PyTorch makes
@@ -46,9 +44,10 @@ def compare(
     computes in float32, a half-precision element must be within about one unit in its last place.
 
     Args:
-        actual, reference64, plain: a tensor, several, or a dict of them by name.
-        accumulator: what the operator computes in: float64 for float64 data. Plain PyTorch would then be the reference
-            itself; pass what it gives in float32, and its error is scaled to float64.
+        actual: a tensor, several, or a dict of them by name; the first has the dtype of the data.
+        reference64: the same from the reference in float64.
+        plain: the same from plain PyTorch. For float64 data that would be the reference itself; pass what it gives in
+            float32, and its error is scaled to float64.
 
     Returns:
         A Row for each output. `all(row.ok for row in rows)` is the verdict.
@@ -63,14 +62,14 @@ def compare(
     actual, reference64, plain = (_named(outputs) for outputs in (actual, reference64, plain))
     if actual.keys() != reference64.keys():
         raise ValueError(f"compare: outputs {list(actual)} against {list(reference64)}")
+    is_double = next(iter(actual.values())).dtype == torch.float64
+    accumulator = torch.float64 if is_double else torch.float32
     return [_row(name, actual[name], reference64[name], plain[name], accumulator) for name in actual]
 
 
-def assert_close(
-    actual: Outputs, reference64: Outputs, plain: Outputs, *, accumulator: torch.dtype = torch.float32
-) -> None:
+def assert_close(actual: Outputs, reference64: Outputs, plain: Outputs) -> None:
     """Raises an AssertionError that lists every output, if one is too far off."""
-    rows = compare(actual, reference64, plain, accumulator=accumulator)
+    rows = compare(actual, reference64, plain)
     assert all(row.ok for row in rows), "\n" + "\n".join(map(str, rows))
 
 

@@ -1,0 +1,55 @@
+"""What the compiler reports of every CUDA kernel, per architecture: nothing spills, and the planned occupancy holds."""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import census  # noqa: E402
+
+pytestmark = pytest.mark.skipif(census.find_nvcc() is None, reason="the census of registers needs nvcc")
+
+OPERATORS = sorted(path.parent.name for path in ROOT.glob("csrc/*/op.cpp"))
+KERNELS = {"causal_conv1d": {"fwd.cu": 10, "bwd.cu": 8, "bwd_general.cu": 12, "step.cu": 4}}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return census.census()
+
+
+def where(row):
+    return f"{row['operator']}/{row['file']}: {row['kernel']} for sm_{row['arch']}"
+
+
+def test_nothing_spills(rows):
+    assert [where(row) for row in rows if row["spill_bytes"] or row["stack_bytes"]] == []
+
+
+def test_shared_memory_is_dynamic(rows):
+    assert [where(row) for row in rows if row["static_smem_bytes"]] == []
+
+
+def test_planned_occupancy_is_reached(rows):
+    """tile.h plans blocks per SM, which __launch_bounds__ promise to the compiler."""
+    assert [where(row) for row in rows if row["blocks_per_sm"] < row["planned_blocks_per_sm"]] == []
+    assert [where(row) for row in rows if row["registers"] > 65536 // row["threads"]] == []
+
+
+@pytest.mark.parametrize("arch", census.ARCHS)
+@pytest.mark.parametrize("folder", OPERATORS)
+def test_kernels_are_counted(rows, folder, arch):
+    """An instance more is compile time and binary size for everybody: it takes a decision, here and in tile.h."""
+    found = Counter(row["file"] for row in rows if row["operator"] == folder and row["arch"] == arch)
+    assert found == KERNELS[folder]
+
+
+@pytest.mark.parametrize("folder", OPERATORS)
+def test_instances_are_counted_at_compile_time(folder):
+    for file in KERNELS[folder]:
+        assert re.search(r"static_assert\(.*std::size\(kInstances\)", (ROOT / "csrc" / folder / file).read_text())

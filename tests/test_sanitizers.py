@@ -1,0 +1,23 @@
+"""Every kernel on small cases under AddressSanitizer and ThreadSanitizer, by a torch-free program."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import emulator  # noqa: E402
+
+OPERATORS = sorted(path.parent.name for path in ROOT.glob("csrc/*/op.cpp"))
+
+
+@pytest.mark.parametrize("folder", OPERATORS)
+@pytest.mark.parametrize(("sanitize", "schedule"), [(None, 0), (None, 2), ("address", 0), ("thread", 1)])
+def test_kernels_agree_with_a_naive_loop(folder, sanitize, schedule):
+    kernels = sorted((ROOT / "csrc" / folder).glob("*.cu"))
+    program = emulator.build_program([*kernels, ROOT / "tests" / "simt" / f"{folder}.cpp"], sanitize)
+    every = 1 if sanitize is None else 11  # cases under a sanitizer
+    done = emulator.run_program(program, schedule, every, schedule=schedule)
+    assert done.returncode == 0, done.stdout + done.stderr
