@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from seqkern._load import library
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / "tools"
 LIBRARY = library.path
+HAS_PYTHON_MODULE = importlib.util.find_spec("seqkern._C") is not None  # not where Python's headers are missing
 
 
 @pytest.fixture
@@ -93,8 +95,9 @@ def test_version_is_that_of_the_sources():
 def test_report_and_self_check():
     result = run("-m", "seqkern")
     assert result.returncode == 0, result.stdout + result.stderr
-    for fact in (seqkern.__version__, torch.__version__, str(LIBRARY), "threads", "instruction set"):
+    for fact in (seqkern.__version__, torch.__version__, str(LIBRARY), "threads"):
         assert fact in result.stdout
+    assert ("instruction set" in result.stdout) == HAS_PYTHON_MODULE
     assert re.search(r"^ok +causal_conv1d on cpu", result.stdout, re.MULTILINE)
 
 
@@ -127,6 +130,9 @@ def test_unknown_instruction_set():
 def test_plan_is_printed():
     shape = "--batch 1 --channels 1536 --length 2048 --width 4 --dtype bf16".split()
     result = run("-m", "seqkern.plan", "causal_conv1d", *shape)
+    if not HAS_PYTHON_MODULE:
+        assert result.stderr.startswith("seqkern.plan needs seqkern._C")
+        return
     assert result.returncode == 0, result.stderr
     for call in ("forward", "backward", "step"):
         assert f"causal_conv1d {call}\n" in result.stdout

@@ -41,7 +41,9 @@ def census(archs=ARCHS, operators=None):
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("the census needs nvcc: set CUDA_HOME, or put nvcc on PATH")
-    folders = sorted(path.parent for path in ROOT.glob("csrc/*/op.cpp") if not operators or path.parent.name in operators)
+    folders = sorted(
+        path.parent for path in ROOT.glob("csrc/*/op.cpp") if not operators or path.parent.name in operators
+    )
     sources = [source for folder in folders for source in sorted(folder.glob("*.cu"))]
     with ThreadPoolExecutor(JOBS) as pool:
         found = list(pool.map(lambda source: _compile(nvcc, source, archs), sources))
@@ -81,7 +83,9 @@ def _rows(source, report, ptx):
     bounds = {name: (int(threads), int(blocks)) for name, threads, blocks in _BOUNDS.findall(ptx)}
     for found in _REPORT.finditer(report):
         if found["name"] not in bounds:
-            raise RuntimeError(f"{source.name}: {found['name']} must name its __launch_bounds__(threads, blocks per SM)")
+            raise RuntimeError(
+                f"{source.name}: {found['name']} must name its __launch_bounds__(threads, blocks per SM)"
+            )
         threads, planned = bounds[found["name"]]
         registers = int(found["registers"])
         smem = re.search(r"(\d+) bytes smem", found["rest"])

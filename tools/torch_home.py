@@ -1,4 +1,4 @@
-"""Where torch is installed, found without importing it: the build needs only its headers and the name of libtorch.so.
+"""Where torch is installed, found without importing it: the build needs only its headers.
 
 Run as a program it prints the folder; CMakeLists.txt does that.
 """

@@ -182,7 +182,8 @@ __global__ void __launch_bounds__(kChannelTile<T>.threads, kChannelTile<T>.block
     const Span span = span_in_window<kPast + kTile.count + kPast>(p.sequences, b, begin, tau - kPast);
     end = min(span.end, stop);
     const int64_t final = visible_final_row(p, p.dfinal_state, b, span, end - 1);
-    // Counted from `begin`: tokens of this piece, and tokens that have a dpre, kPast more of them where the span goes on.
+    // Counted from `begin`: tokens of this piece, and tokens that have a dpre, kPast more of them where the span goes
+    // on.
     const int own = static_cast<int>(end - begin);
     const int inside = span.padding ? 0 : static_cast<int>(min(span.end, end + kPast) - begin);
     Window<kVector> window, dpre = {};

@@ -69,9 +69,8 @@ __global__ void __launch_bounds__(kGeneralTile<T>.threads, kGeneralTile<T>.block
   using A = Accumulator<T>;
   const KeptDpre<T> dpre(p, cut);
   if (blockIdx.x >= cut.token_blocks) {
-    return write_dinitial_state<T>(
-        p, global_thread() - cut.token_blocks * kTile.threads,
-        [&](int64_t b, int64_t d, const Span&, int64_t tau) { return dpre(b, d, tau); });
+    return write_dinitial_state<T>(p, global_thread() - cut.token_blocks * kTile.threads,
+                                   [&](int64_t b, int64_t d, const Span&, int64_t tau) { return dpre(b, d, tau); });
   }
   const Element at(p, global_thread());
   if (at.b >= p.sequences.batch) return;
@@ -108,13 +107,12 @@ __global__ void __launch_bounds__(kGeneralTile<T>.threads, kGeneralTile<T>.block
   if (b >= p.sequences.batch) return;
   const KeptDpre<T> dpre(p, cut);
   const Channel<T> channel(p, b, d);
-  const int64_t end = min((chunk + 1) * kChunk, p.sequences.length), back = (p.width - 1 - j) * p.dilation;
+  const int64_t end = min((chunk + 1) * kChunk, p.sequences.length);
+  const int64_t back = j < p.width ? (p.width - 1 - j) * p.dilation : 0;
   A sum = 0;
   Span span{};
   for (int64_t tau = chunk * kChunk + lane; tau < end; tau += lanes) {
-    if (tau < span.begin || tau >= span.end) {
-      span = span_at(p.sequences, b, tau, p.state_size(), end - tau);
-    }
+    if (tau < span.begin || tau >= span.end) span = span_at(p.sequences, b, tau, back, lanes == 1 ? end - tau : 0);
     if (span.padding) continue;
     if (j == p.width) {
       sum += dpre(b, d, tau);

@@ -24,7 +24,9 @@ inline void load_pair(const BFloat16* p, Float (&v)[2]) {
 }
 
 // Half `half` of the pair at p + offset, where p is the start of a pair at offset 0.
-inline Float load_half(const float* p, int half, int offset) { return load<float>(p + half * kLanes<float> + offset); }
+inline Float load_half(const float* p, int half, int offset) {
+  return load<float>(p + half * kLanes<float> + offset);
+}
 inline Float load_half(const BFloat16* p, int half, int offset) {
   const int first = half + offset;
   Float v[2];
@@ -34,8 +36,7 @@ inline Float load_half(const BFloat16* p, int half, int offset) {
 
 template <bool kSilu>
 inline void store_pair(float* y, const Float (&sum)[2]) {
-  for (int half = 0; half < 2; ++half)
-    store<float>(y + half * kLanes<float>, activation<float, kSilu>(sum[half]));
+  for (int half = 0; half < 2; ++half) store<float>(y + half * kLanes<float>, activation<float, kSilu>(sum[half]));
 }
 template <bool kSilu>
 inline void store_pair(BFloat16* y, const Float (&sum)[2]) {
@@ -59,9 +60,11 @@ struct PairedParameters<BFloat16> {
   explicit PairedParameters(const Parameters<float>& parameters)
       : scratch(Scratch::bytes_of<float>((parameters.width() + 1) * parameters.row())),
         rows(scratch.take<float>((parameters.width() + 1) * parameters.row())) {
-    for (int64_t i = 0; i < (parameters.width() + 1) * parameters.row(); ++i) {
-      const int64_t pair = i / kPair * kPair, half = i % kPair / kLanes<float>, lane = i % kLanes<float>;
-      rows[i] = parameters.rows()[pair + 2 * lane + half];
+    for (int64_t i = 0; i < (parameters.width() + 1) * parameters.row(); i += kPair) {
+      Float pair[2], halves[2];
+      for (int v = 0; v < 2; ++v) pair[v] = load<float>(parameters.rows() + i + v * kLanes<float>);
+      split_columns<2, float>(pair, halves);
+      for (int v = 0; v < 2; ++v) store<float>(rows + i + v * kLanes<float>, halves[v]);
     }
   }
 };
@@ -103,7 +106,6 @@ void convolve_channels(const T* const* x, const float* parameters, int64_t row, 
     for (int i = 0; i < kTokens; ++i)
       for (int64_t line = 0; line < kPair * static_cast<int64_t>(sizeof(T)); line += 64) {
         prefetch_read(x[kWidth - 1 + i] + c, next_bytes + line);
-        prefetch_write(y[i] + c, next_bytes + line);
       }
     Float v[kTokens + kWidth - 1][2];
     for (int i = 0; i < kTokens + kWidth - 1; ++i) load_pair(x[i] + c, v[i]);

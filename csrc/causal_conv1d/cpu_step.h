@@ -50,45 +50,45 @@ struct Step {
       for (int64_t column = 0; column < p.state_size; ++column) {
         const int64_t token = column + p.tokens - p.state_size;
         for (int64_t c = 0; c < lanes; ++c)
-          *state.at(row, d + c, column) = token < 0 ? *state.at(row, d + c, column + p.tokens)
-                                                    : narrow<State>(widen(*x.at(b, d + c, token)));
+          *state.at(row, d + c, column) =
+              token < 0 ? *state.at(row, d + c, column + p.tokens) : narrow<State>(widen(*x.at(b, d + c, token)));
       }
     }
   }
 
-  // The same for one token of kLanes neighbouring channels, whose kColumns columns each follow one another in memory,
-  // or lie in rows of neighbouring channels.
+  // The same for one token of channels [begin, end), whole vectors of neighbours. The kColumns columns of a channel
+  // follow one another in memory, or lie in rows of neighbouring channels.
   template <int kColumns, int kWidth, bool kSilu>
-  void advance_one_token(int64_t d) const {
-    const Taps<A, kWidth> taps(parameters, d, false);
-    const bool columns_adjacent = p.conv_state_stride.d != 1;
+  void advance_one_token(int64_t begin, int64_t end) const {
+    const bool split = state.stride.d != 1;
     for (int64_t b = 0; b < p.batch; ++b) {
       const int64_t row = state_row(p, b);
       if (row < 0) {
-        skip(b, d, kLanes<A>);
+        skip(b, begin, end - begin);
         continue;
       }
-      State* const memory = state.at(row, d, 0);
-      const int64_t step = columns_adjacent ? kStep : state.stride.l;
-      Vec<A> rows[kColumns], window[kColumns + 1], columns[kColumns];
-      for (int c = 0; c < kColumns; ++c) rows[c] = load<A>(memory + c * step);
-      if (columns_adjacent)
-        split_columns<kColumns, A>(rows, columns);
-      else
-        for (int c = 0; c < kColumns; ++c) columns[c] = rows[c];
-      for (int c = 0; c < kColumns; ++c) window[c] = columns[c];
-      window[kColumns] = load<A>(x.at(b, d, 0));
+      const int64_t step = split ? kStep : state.stride.l;
+      for (int64_t d = begin; d < end; d += kStep) {
+        const Taps<A, kWidth> taps(parameters, d, false);
+        State* const memory = state.at(row, d, 0);
+        Vec<A> rows[kColumns], columns[kColumns + 1];
+        for (int c = 0; c < kColumns; ++c) rows[c] = load<A>(memory + c * step);
+        if (split)
+          split_columns<kColumns, A>(rows, columns);
+        else
+          for (int c = 0; c < kColumns; ++c) columns[c] = rows[c];
+        columns[kColumns] = load<A>(x.at(b, d, 0));
 
-      Vec<A> sum = taps.bias;
-      for (int j = 0; j < kWidth; ++j) sum = madd(taps.weight[j], window[kColumns + 1 - kWidth + j], sum);
-      store_activated<kSilu, T, A>(y.at(b, d, 0), sum, kLanes<A>);
+        Vec<A> sum = taps.bias;
+        for (int j = 0; j < kWidth; ++j) sum = madd(taps.weight[j], columns[kColumns + 1 - kWidth + j], sum);
+        store_activated<kSilu, T, A>(y.at(b, d, 0), sum, kLanes<A>);
 
-      for (int c = 0; c < kColumns; ++c) columns[c] = window[c + 1];
-      if (columns_adjacent)
-        join_columns<kColumns, A>(columns, rows);
-      else
-        for (int c = 0; c < kColumns; ++c) rows[c] = columns[c];
-      for (int c = 0; c < kColumns; ++c) store<A>(memory + c * step, rows[c]);
+        if (split)
+          append_column<kColumns, A>(memory, columns[kColumns], rows);
+        else
+          for (int c = 0; c < kColumns; ++c) rows[c] = columns[c + 1];
+        for (int c = 0; c < kColumns; ++c) store<A>(memory + c * step, rows[c]);
+      }
     }
   }
 
@@ -98,32 +98,34 @@ struct Step {
   }
 
   void run() const {
-    const bool one_token = p.tokens == 1 && p.dilation == 1 && x.stride.d == 1 && y.stride.d == 1 &&
-                           (state.stride.d == 1 || (state.stride.l == 1 && state.stride.d == p.state_size));
+    const int64_t vectors = round_up(p.channels, kStep) / kStep;
     const int64_t work = at_least(1, p.batch * p.tokens * (p.width + 8) * kStep);  // of a vector of channels
-    parallel_for(0, round_up(p.channels, kStep) / kStep, round_up(1 << 19, work) / work,
-                 [&](int64_t begin, int64_t end) {
-                   Scratch scratch(Scratch::bytes_of<A>((S + p.tokens) * kStep));
-                   A* const window = scratch.take<A>((S + p.tokens) * kStep);
-                   for (int64_t d = begin * kStep; d < end * kStep && d < p.channels; d += kStep) {
-                     const int lanes = static_cast<int>(at_most(kStep, p.channels - d));
-                     if (!one_token || lanes < kStep || !advance_one_token(d)) advance(d, lanes, window);
-                   }
-                 });
+    parallel_for(0, vectors, round_up(1 << 19, work) / work, [&](int64_t begin, int64_t end) {
+      const int64_t whole = at_most(end * kStep, p.channels / kStep * kStep);
+      int64_t d = begin * kStep;
+      if (d < whole && advance_one_token(d, whole)) d = whole;
+      if (d >= at_most(end * kStep, p.channels)) return;
+      Scratch scratch(Scratch::bytes_of<A>((S + p.tokens) * kStep));
+      A* const window = scratch.take<A>((S + p.tokens) * kStep);
+      for (; d < end * kStep && d < p.channels; d += kStep)
+        advance(d, static_cast<int>(at_most(kStep, p.channels - d)), window);
+    });
   }
 
-  // Whether there is a form for these sizes.
-  bool advance_one_token(int64_t d) const {
+  // False if this call has no such form.
+  bool advance_one_token(int64_t begin, int64_t end) const {
+    const bool adjacent = x.stride.d == 1 && y.stride.d == 1 &&
+                          (state.stride.d == 1 || (state.stride.l == 1 && state.stride.d == p.state_size));
+    const int64_t unused = p.state_size - S;
+    if (p.tokens != 1 || p.dilation != 1 || !adjacent || unused > 1) return false;
     bool done = false;
     if constexpr (kSame<State, T> || kSame<State, A>)
       visit_width_and_silu(p, [&]<int kWidth, bool kSilu>() {
         if constexpr (kWidth > 0) {
-          if (p.state_size == kWidth - 1)
-            advance_one_token<kWidth - 1, kWidth, kSilu>(d);
-          else if (p.state_size == kWidth)
-            advance_one_token<kWidth, kWidth, kSilu>(d);
+          if (unused == 0)
+            advance_one_token<kWidth - 1, kWidth, kSilu>(begin, end);
           else
-            return;
+            advance_one_token<kWidth, kWidth, kSilu>(begin, end);
           done = true;
         }
       });

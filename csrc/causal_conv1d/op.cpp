@@ -31,9 +31,10 @@ Tensor swap_last_two(const Tensor& t) {
   return torch::stable::transpose(t, 1, 2);
 }
 
-// Strides of a dimension of size 1 are arbitrary; the contiguous one is made to say so.
+// The stride of a dimension of size 1 is arbitrary: here it is what the memory order implies.
 Strides strides(const Tensor& t, bool channels_first) {
-  return {t.stride(0), channels_first ? 1 : t.stride(1), channels_first ? t.stride(2) : 1};
+  if (channels_first) return {t.stride(0), 1, t.size(2) == 1 ? t.size(1) : t.stride(2)};
+  return {t.stride(0), t.size(1) == 1 ? t.size(2) : t.stride(1), 1};
 }
 
 // What forward and backward are both given, checked, and kept alive while kernels read it.

@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(kStepTile.threads, kStepTile.blocks_per_sm)
 #pragma unroll 4
     for (int64_t j = 0; j < p.width; ++j) {
       const int64_t tap = t - (p.width - 1 - j) * p.dilation;
-      const A value = tap >= 0 ? to<A>(load(x + tap * p.x_stride.l)) : load<A>(p.conv_state, column(p.state_size + tap));
+      const A value =
+          tap >= 0 ? to<A>(load(x + tap * p.x_stride.l)) : load<A>(p.conv_state, column(p.state_size + tap));
       sum = fma(load<A>(p.weight, d * p.width + j), value, sum);
     }
     store(y + t * p.y_stride.l, to<T>(p.silu ? silu<T>(sum) : sum));

@@ -5,13 +5,17 @@
 
 namespace seqkern::causal_conv1d {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // Weight gradients are summed over tokens in chunks of this many, counted in memory from token 0 of each batch row,
 // and then over the chunks in order: the result does not depend on threads, blocks or the device's size.
 constexpr int64_t kTimeChunk = 4096;
 
-constexpr int64_t time_chunks(const Inputs& in) { return ceil_div(in.sequences.length, kTimeChunk); }
+constexpr int64_t time_chunks(const Inputs& in) {
+  return ceil_div(in.sequences.length, kTimeChunk);
+}
 
 // Partial sums of dweight and dbias: (B, chunks, W + 1, D) accumulators, the last row of W + 1 for the bias.
 constexpr int64_t partials_bytes(const Inputs& in) {
@@ -26,11 +30,11 @@ namespace cuda {
 //   general  longer or dilated filters, fp64: a thread owns one element
 enum class Path { kTime, kChannel, kGeneral };
 
-constexpr int kMaxTaps = 4;            // W of the time and channel paths
-constexpr int kPast = kMaxTaps - 1;    // tokens before its own that a thread of these paths needs
-constexpr int kHalo = 4;               // elements loaded for them: kPast, rounded up to a vector
-constexpr int kChannelLanes = 8;       // bwd_channel: threads along channels; the rest of the block along time
-constexpr int kReduceChannels = 32;    // reduce: channels of a block; its warps share the partial sums of each
+constexpr int kMaxTaps = 4;          // W of the time and channel paths
+constexpr int kPast = kMaxTaps - 1;  // tokens before its own that a thread of these paths needs
+constexpr int kHalo = 4;             // elements loaded for them: kPast, rounded up to a vector
+constexpr int kChannelLanes = 8;     // bwd_channel: threads along channels; the rest of the block along time
+constexpr int kReduceChannels = 32;  // reduce: channels of a block; its warps share the partial sums of each
 
 struct Tile {
   int threads;        // of a block
@@ -45,22 +49,30 @@ constexpr Path pick_path(const Inputs& in) {
   return in.x_stride.l == 1 ? Path::kTime : Path::kChannel;
 }
 
-constexpr int vector_along_time(DType dtype) { return static_cast<int>(16 / size_of(dtype)); }
+constexpr int vector_along_time(DType dtype) {
+  return static_cast<int>(16 / size_of(dtype));
+}
 
 constexpr Tile pick_fwd_tile(Path path, DType dtype) {
   switch (path) {
-    case Path::kTime: return {.threads = 128, .vector = vector_along_time(dtype), .count = 2, .blocks_per_sm = 6};
-    case Path::kChannel: return {.threads = 256, .vector = 4, .count = 8, .blocks_per_sm = 2};
-    default: return {.threads = 128, .vector = 1, .count = 1, .blocks_per_sm = 5};
+    case Path::kTime:
+      return {.threads = 128, .vector = vector_along_time(dtype), .count = 2, .blocks_per_sm = 6};
+    case Path::kChannel:
+      return {.threads = 256, .vector = 4, .count = 8, .blocks_per_sm = 2};
+    default:
+      return {.threads = 128, .vector = 1, .count = 1, .blocks_per_sm = 5};
   }
 }
 
 constexpr Tile pick_bwd_tile(Path path, DType dtype) {
   const int vector = vector_along_time(dtype);
   switch (path) {
-    case Path::kTime: return {.threads = 128, .vector = vector, .count = 16 / vector, .blocks_per_sm = 5};
-    case Path::kChannel: return {.threads = 128, .vector = 4, .count = 16, .blocks_per_sm = 3};
-    default: return {.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 3};
+    case Path::kTime:
+      return {.threads = 128, .vector = vector, .count = 16 / vector, .blocks_per_sm = 5};
+    case Path::kChannel:
+      return {.threads = 128, .vector = 4, .count = 16, .blocks_per_sm = 3};
+    default:
+      return {.threads = 256, .vector = 1, .count = 1, .blocks_per_sm = 3};
   }
 }
 
@@ -68,9 +80,12 @@ constexpr Tile pick_bwd_tile(Path path, DType dtype) {
 // of a block on the channel path.
 constexpr int chunk_of(Path path, const Tile& tile) {
   switch (path) {
-    case Path::kTime: return 32 * tile.vector * tile.count;
-    case Path::kChannel: return tile.threads / kChannelLanes * tile.count;
-    default: return 512;
+    case Path::kTime:
+      return 32 * tile.vector * tile.count;
+    case Path::kChannel:
+      return tile.threads / kChannelLanes * tile.count;
+    default:
+      return 512;
   }
 }
 
@@ -98,7 +113,9 @@ struct Plan {
   int64_t bytes;  // compulsory global memory traffic: every tensor once
 };
 
-constexpr int64_t elements(const Inputs& in) { return in.sequences.batch * in.channels * in.sequences.length; }
+constexpr int64_t elements(const Inputs& in) {
+  return in.sequences.batch * in.channels * in.sequences.length;
+}
 
 constexpr int64_t state_elements(const Inputs& in) {
   return in.sequences.count * in.channels * in.state_size();
@@ -135,9 +152,12 @@ inline bool channels_aligned(const Inputs& in, const void* data, const Strides& 
 
 constexpr const char* why(Path path) {
   switch (path) {
-    case Path::kTime: return "W <= 4, dilation 1, time contiguous: vectors of tokens";
-    case Path::kChannel: return "W <= 4, dilation 1, channels contiguous: vectors of channels";
-    default: return "W > 4, dilation > 1 or fp64: one element per thread";
+    case Path::kTime:
+      return "W <= 4, dilation 1, time contiguous: vectors of tokens";
+    case Path::kChannel:
+      return "W <= 4, dilation 1, channels contiguous: vectors of channels";
+    default:
+      return "W > 4, dilation > 1 or fp64: one element per thread";
   }
 }
 
@@ -145,8 +165,14 @@ inline Plan plan_fwd(const FwdParams& p) {
   const Path path = pick_path(p);
   const Tile tile = pick_fwd_tile(path, p.dtype);
   const int64_t B = p.sequences.batch, D = p.channels, L = p.sequences.length;
-  Plan plan{.kernel = "", .why = why(path), .tile = tile, .cut = {}, .launches = 1, .smem_bytes = 0,
-            .workspace_bytes = 0, .bytes = 0};
+  Plan plan{.kernel = "",
+            .why = why(path),
+            .tile = tile,
+            .cut = {},
+            .launches = 1,
+            .smem_bytes = 0,
+            .workspace_bytes = 0,
+            .bytes = 0};
   Cut& cut = plan.cut;
   switch (path) {
     case Path::kTime:
@@ -156,8 +182,8 @@ inline Plan plan_fwd(const FwdParams& p) {
       break;
     case Path::kChannel:
       plan.kernel = "causal_conv1d_fwd_channel";
-      cut.vectorized = channels_aligned(p, p.x, p.x_stride, tile.vector) &&
-                       channels_aligned(p, p.y, p.y_stride, tile.vector);
+      cut.vectorized =
+          channels_aligned(p, p.x, p.x_stride, tile.vector) && channels_aligned(p, p.y, p.y_stride, tile.vector);
       cut.lanes = 32;
       while (cut.lanes > 1 && cut.lanes / 2 * tile.vector >= D) cut.lanes /= 2;
       cut.along_channels = ceil_div(D, cut.lanes * tile.vector);
@@ -180,8 +206,8 @@ inline Plan plan_fwd(const FwdParams& p) {
 inline int64_t chunks_of_row(const Inputs& in) {
   const Path path = pick_path(in);
   const Tile tile = pick_bwd_tile(path, in.dtype);
-  const int64_t vectors = path == Path::kTime ? vectors_of_row(in, tile.vector)
-                                              : ceil_div(in.sequences.length, tile.vector);
+  const int64_t vectors =
+      path == Path::kTime ? vectors_of_row(in, tile.vector) : ceil_div(in.sequences.length, tile.vector);
   return ceil_div(vectors, chunk_of(path, tile) / tile.vector);
 }
 
@@ -191,7 +217,9 @@ inline int64_t partial_elements(const Inputs& in) {
   return in.sequences.batch * chunks_of_row(in) * (in.width + 1) * in.channels;
 }
 
-constexpr bool keeps_dpre(const Inputs& in) { return pick_path(in) == Path::kGeneral && in.silu; }
+constexpr bool keeps_dpre(const Inputs& in) {
+  return pick_path(in) == Path::kGeneral && in.silu;
+}
 
 inline int64_t workspace_bytes(const Inputs& in) {
   return (partial_elements(in) + (keeps_dpre(in) ? elements(in) : 0)) * size_of(accumulator(in.dtype));
@@ -201,8 +229,14 @@ inline Plan plan_bwd(const BwdParams& p) {
   const Path path = pick_path(p);
   const Tile tile = pick_bwd_tile(path, p.dtype);
   const int64_t B = p.sequences.batch, D = p.channels;
-  Plan plan{.kernel = "", .why = why(path), .tile = tile, .cut = {}, .launches = 2, .smem_bytes = 0,
-            .workspace_bytes = workspace_bytes(p), .bytes = 0};
+  Plan plan{.kernel = "",
+            .why = why(path),
+            .tile = tile,
+            .cut = {},
+            .launches = 2,
+            .smem_bytes = 0,
+            .workspace_bytes = workspace_bytes(p),
+            .bytes = 0};
   Cut& cut = plan.cut;
   cut.along_time = chunks_of_row(p);
   switch (path) {
@@ -236,7 +270,7 @@ inline Plan plan_bwd(const BwdParams& p) {
 constexpr Plan plan_step(const StepParams& p) {
   const int64_t channels = p.batch * p.channels;
   return {.kernel = "causal_conv1d_step",
-          .why = "a thread owns one channel of one row",
+          .why = "a thread owns one channel of one batch row",
           .tile = kStepTile,
           .cut = {.token_blocks = ceil_div(channels, kStepTile.threads)},
           .launches = 1,

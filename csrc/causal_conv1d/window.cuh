@@ -19,7 +19,7 @@ struct Row {
   int64_t step;
 
   __device__ __forceinline__ Row(T* tensor, const Strides& stride, const Sequences& s, int64_t b, int64_t d)
-      : data(tensor + b * stride.b + d * stride.d + (s.reverse ? (s.length - 1) * stride.l : 0)),
+      : data(tensor + b * stride.b + d * stride.d + (s.reverse && s.length > 0 ? (s.length - 1) * stride.l : 0)),
         step(s.reverse ? -stride.l : stride.l) {}
   __device__ __forceinline__ T* at(int64_t tau) const { return data + tau * step; }
 };

@@ -40,10 +40,14 @@ __device__ __forceinline__ U to(T value) {
 template <typename F>
 __device__ __forceinline__ void visit(const Array& array, F&& f) {
   switch (array.dtype) {
-    case DType::kFloat32: return f(static_cast<float*>(array.data));
-    case DType::kBFloat16: return f(static_cast<__nv_bfloat16*>(array.data));
-    case DType::kFloat16: return f(static_cast<__half*>(array.data));
-    case DType::kFloat64: return f(static_cast<double*>(array.data));
+    case DType::kFloat32:
+      return f(static_cast<float*>(array.data));
+    case DType::kBFloat16:
+      return f(static_cast<__nv_bfloat16*>(array.data));
+    case DType::kFloat16:
+      return f(static_cast<__half*>(array.data));
+    case DType::kFloat64:
+      return f(static_cast<double*>(array.data));
   }
 }
 

@@ -83,7 +83,8 @@ __device__ __forceinline__ Span span_in_window(const Sequences& s, int64_t b, in
   const int64_t lowest = memory_place(s, first, kCount);
   const int32_t* ids = s.seq_idx + b * s.length + lowest;
   const int at = static_cast<int>(memory_place(s, tau) - lowest);
-  const int low = static_cast<int>(clamp(-lowest, 0, kCount)), high = static_cast<int>(clamp(s.length - lowest, 0, kCount));
+  const int low = static_cast<int>(clamp(-lowest, 0, kCount)),
+            high = static_cast<int>(clamp(s.length - lowest, 0, kCount));
   const int32_t id = max(load(ids + at), -1);
   uint32_t differs = 1u << kCount;
 #pragma unroll

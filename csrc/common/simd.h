@@ -75,17 +75,27 @@ using Accumulator = typename AccumulatorOf<T>::type;  // of the element type T, 
 template <class Body>
 inline void visit_dtype(DType dtype, const Body& body) {
   switch (dtype) {
-    case DType::kFloat32: return body.template operator()<float>();
-    case DType::kBFloat16: return body.template operator()<BFloat16>();
-    case DType::kFloat16: return body.template operator()<Half>();
-    case DType::kFloat64: return body.template operator()<double>();
+    case DType::kFloat32:
+      return body.template operator()<float>();
+    case DType::kBFloat16:
+      return body.template operator()<BFloat16>();
+    case DType::kFloat16:
+      return body.template operator()<Half>();
+    case DType::kFloat64:
+      return body.template operator()<double>();
   }
 }
 
-// ---- Arithmetic ----
+#if defined(__AVX512F__)
+constexpr __mmask16 kAll = 0xffff;  // gcc 12 warns of uninitialized values inside the intrinsics without a mask
+#endif
 
-inline Float splat(float value) { return value - Float{}; }  // x - 0 is x, -0 too
-inline Double splat(double value) { return value - Double{}; }
+inline Float splat(float value) {
+  return value - Float{};
+}  // x - 0 is x, -0 too
+inline Double splat(double value) {
+  return value - Double{};
+}
 
 inline Float madd(Float a, Float b, Float c) {  // a b + c
 #if defined(__AVX512F__)
@@ -139,42 +149,27 @@ inline V shuffle(V a, V b, Indices<kI...>) {
 #endif
 }
 
-// kCount vectors hold rows of kCount elements one after the other: columns out of such rows, and back. The result is
-// gathered one vector after another; `of` a lane not found in vector kVector keeps what was found before.
+// Vectors rows[kCount] hold rows of kCount elements one after another. Column kPart of them, gathered one vector after
+// another: a lane not found in rows[kVector] keeps what was found before.
 template <int kCount, int kLanes, int kPart, int kVector>
-struct FromRows {  // column kPart
+struct FromRows {
   static constexpr int of(int i) {
     const int element = i * kCount + kPart;
     return element / kLanes == kVector ? kLanes + element % kLanes : kVector == 1 ? element % kLanes : i;
   }
 };
-template <int kCount, int kLanes, int kPart, int kVector>
-struct FromColumns {  // vector kPart of the rows
-  static constexpr int of(int i) {
-    const int element = kPart * kLanes + i;
-    return element % kCount == kVector ? kLanes + element / kCount : kVector == 1 ? element / kCount : i;
-  }
-};
-
-// kCount vectors `from` rearranged by Source (FromRows or FromColumns): part kPart of them, of vectors up to kVector.
-template <template <int, int, int, int> class Source, int kCount, int kPart, int kVector, class A>
-inline Vec<A> gather(const Vec<A>* from) {
+template <int kCount, int kPart, int kVector, class A>
+inline Vec<A> column(const Vec<A>* rows) {
   if constexpr (kVector == 0)
-    return from[0];
+    return rows[0];
   else
-    return shuffle<Source<kCount, kLanes<A>, kPart, kVector>>(gather<Source, kCount, kPart, kVector - 1, A>(from),
-                                                              from[kVector], typename IndicesBelow<kLanes<A>>::type{});
+    return shuffle<FromRows<kCount, kLanes<A>, kPart, kVector>>(
+        column<kCount, kPart, kVector - 1, A>(rows), rows[kVector], typename IndicesBelow<kLanes<A>>::type{});
 }
-
 template <int kCount, class A, int kPart = 0>
 inline void split_columns(const Vec<A>* rows, Vec<A>* columns) {
-  columns[kPart] = gather<FromRows, kCount, kPart, kCount - 1, A>(rows);
+  columns[kPart] = column<kCount, kPart, kCount - 1, A>(rows);
   if constexpr (kPart + 1 < kCount) split_columns<kCount, A, kPart + 1>(rows, columns);
-}
-template <int kCount, class A, int kPart = 0>
-inline void join_columns(const Vec<A>* columns, Vec<A>* rows) {
-  rows[kPart] = gather<FromColumns, kCount, kPart, kCount - 1, A>(columns);
-  if constexpr (kPart + 1 < kCount) join_columns<kCount, A, kPart + 1>(columns, rows);
 }
 
 template <class A>
@@ -184,12 +179,17 @@ inline A sum_of_lanes(Vec<A> v) {
   return sum;
 }
 
-// ---- Conversions ----
-// Vectors of the 16-bit types travel as the low halves of 32-bit lanes.
+// Conversions. Vectors of the 16-bit types travel as the low halves of 32-bit lanes.
 
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline Float widen(BFloat16, UInt bits) { return bit_cast<Float>(bits << 16); }
+inline float widen(float x) {
+  return x;
+}
+inline double widen(double x) {
+  return x;
+}
+inline Float widen(BFloat16, UInt bits) {
+  return bit_cast<Float>(bits << 16);
+}
 inline Float widen(Half, UInt bits) {
   const UInt exponent_and_mantissa = (bits & 0x7fffu) << 13;
   const UInt finite = bit_cast<UInt>(bit_cast<Float>(exponent_and_mantissa) * 0x1p112f);  // subnormals too
@@ -202,7 +202,9 @@ inline UInt round_to_upper_half(Float x) {  // the nearest bfloat16 in the upper
   const UInt rounded = bits + (0x7fffu + (bits >> 16 & 1u));
   return x != x ? bits | 0x400000u : rounded;
 }
-inline UInt narrow(BFloat16, Float x) { return round_to_upper_half(x) >> 16; }
+inline UInt narrow(BFloat16, Float x) {
+  return round_to_upper_half(x) >> 16;
+}
 inline UInt narrow(Half, Float x) {
   const UInt bits = bit_cast<UInt>(x);
   const UInt magnitude = bits & 0x7fffffffu;
@@ -229,9 +231,19 @@ inline T narrow(A x) {
 }
 
 template <class T>
+inline UInt load_low_halves(const T* p) {
+#if defined(__AVX512F__)
+  return bit_cast<UInt>(_mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
+  UShort bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return __builtin_convertvector(bits, UInt);
+#endif
+}
+template <class T>
 inline void store_low_halves(T* p, UInt bits) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(bits)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(kAll, bit_cast<__m512i>(bits)));
 #else
   const UShort low = __builtin_convertvector(bits, UShort);
   __builtin_memcpy(p, &low, sizeof low);
@@ -249,15 +261,13 @@ inline Vec<A> load(const T* p) {
 #if defined(__F16C__)
     if constexpr (kSame<T, Half>) {
 #if defined(__AVX512F__)
-      return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #else
       return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #endif
     }
 #endif
-    UShort bits;
-    __builtin_memcpy(&bits, p, sizeof bits);
-    return widen(T{}, __builtin_convertvector(bits, UInt));
+    return widen(T{}, load_low_halves(p));
   } else {
     Vec<A> v;
     for (int i = 0; i < kLanes<A>; ++i) v[i] = static_cast<A>(widen(p[i]));
@@ -273,7 +283,7 @@ inline void store(T* p, Vec<A> v) {
 #if defined(__F16C__)
     if constexpr (kSame<T, Half>) {
 #if defined(__AVX512F__)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAll, v, _MM_FROUND_TO_NEAREST_INT));
 #else
       _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #endif
@@ -306,7 +316,21 @@ inline void convert(const From* from, int64_t stride, int64_t count, To* to) {
   for (; i < count; ++i) to[i] = narrow<To>(widen(from[i * stride]));
 }
 
-// ---- Functions ----
+// Such rows with their first element dropped and `last` appended: rows[kVector] of the result, from the vector that
+// starts one element later (of the last vector: the vector itself, as its last element is replaced).
+template <int kCount, int kLanes, int kVector>
+struct Appended {
+  static constexpr int of(int i) {
+    const int element = kVector * kLanes + i;
+    return element % kCount == kCount - 1 ? kLanes + element / kCount : kVector == kCount - 1 ? i + 1 : i;
+  }
+};
+template <int kCount, class A, class T, int kVector = 0>
+inline void append_column(const T* memory, Vec<A> last, Vec<A>* rows) {
+  const Vec<A> from = kVector == kCount - 1 ? rows[kVector] : load<A>(memory + kVector * kLanes<A> + 1);
+  rows[kVector] = shuffle<Appended<kCount, kLanes<A>, kVector>>(from, last, typename IndicesBelow<kLanes<A>>::type{});
+  if constexpr (kVector + 1 < kCount) append_column<kCount, A, T, kVector + 1>(memory, last, rows);
+}
 
 // 2^x to 3e-7 of its value, exact at integers; inf where it overflows, 0 or subnormal where it underflows.
 inline Float exp2(Float x) {
@@ -314,8 +338,8 @@ inline Float exp2(Float x) {
   const Float fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for +-inf
   const Float whole = x - fraction;
 #else
-  x = x > 300.f ? splat(300.f) : x;  // false for NaN, which stays
-  x = x < -300.f ? splat(-300.f) : x;
+  x = x > 252.f ? splat(252.f) : x;  // beyond, 2^x is inf or 0; false for NaN, which stays
+  x = x < -252.f ? splat(-252.f) : x;
   const Float whole = (x + 0x1.8p23f) - 0x1.8p23f;
   const Float fraction = x - whole;
 #endif
@@ -326,7 +350,7 @@ inline Float exp2(Float x) {
   p = madd(p, fraction, splat(0.6931469776f));
   p = madd(p, fraction, splat(1.f));
 #if defined(__AVX512F__)
-  return _mm512_scalef_ps(p, whole);
+  return _mm512_maskz_scalef_ps(kAll, p, whole);
 #else
   const Int n = __builtin_convertvector(whole, Int);
   const Int half = n >> 1;  // two factors: 2^n itself may be out of range
@@ -335,7 +359,9 @@ inline Float exp2(Float x) {
 }
 
 constexpr float kMinusLog2E = -1.44269504f;
-inline Float sigmoid(Float x) { return 1.f / (exp2(x * kMinusLog2E) + 1.f); }
+inline Float sigmoid(Float x) {
+  return 1.f / (exp2(x * kMinusLog2E) + 1.f);
+}
 
 inline Double sigmoid(Double x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = 1. / (1. + __builtin_exp(-x[i]));
@@ -343,8 +369,12 @@ inline Double sigmoid(Double x) {
 }
 
 // silu(x) = x sigmoid(x), and its derivative. As in torch, -inf gives NaN.
-inline Float silu(Float x) { return x / (exp2(x * kMinusLog2E) + 1.f); }
-inline Double silu(Double x) { return x * sigmoid(x); }
+inline Float silu(Float x) {
+  return x / (exp2(x * kMinusLog2E) + 1.f);
+}
+inline Double silu(Double x) {
+  return x * sigmoid(x);
+}
 template <class V>
 inline V silu_derivative(V x) {
   const V s = sigmoid(x);
@@ -358,14 +388,12 @@ inline Float silu_of_scaled(Float scaled) {
   Float p = madd(splat(0.07802452f), fraction, splat(0.22606716f));  // minimax on [0, 1) of 2^f
   p = madd(p, fraction, splat(0.69583354f));
   p = madd(p, fraction, splat(0.99992522f));
-  const Float exp = _mm512_scalef_ps(p, scaled);
-  return scaled * Float(_mm512_rcp14_ps(madd(exp, splat(kMinusLog2E), splat(kMinusLog2E))));
+  const Float exp = _mm512_maskz_scalef_ps(kAll, p, scaled);
+  return scaled * Float(_mm512_maskz_rcp14_ps(kAll, madd(exp, splat(kMinusLog2E), splat(kMinusLog2E))));
 #else
   return scaled / madd(exp2(scaled), splat(kMinusLog2E), splat(kMinusLog2E));
 #endif
 }
-
-// ---- Memory ----
 
 // Fetch the cache line `bytes` ahead of where a loop reads or writes: neither the hardware nor the order of execution
 // looks far enough, across pages least of all. The line need not exist.

@@ -79,7 +79,7 @@ void append_runs_of_row(std::vector<Run>& runs, const Sequences& s, int64_t b) {
   const auto is_sequence = [](const Run& run) { return !run.padding; };
   const auto lowest = std::find_if(runs.begin() + row, runs.end(), is_sequence);
   if (lowest == runs.end()) {
-    runs.push_back({.b = b, .begin = 0, .end = 0, .initial = b, .final = b, .padding = false});
+    runs.insert(runs.begin() + row, {.b = b, .begin = 0, .end = 0, .initial = b, .final = b, .padding = false});
     return;
   }
   const auto highest = std::find_if(runs.rbegin(), runs.rend(), is_sequence);

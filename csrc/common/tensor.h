@@ -60,7 +60,7 @@ struct Packing {
   void check_values(const Checker& check, const Sequences& sequences) const;
 };
 
-// The runs of a batch, read on the host; every state row is the `final` of exactly one run.
+// The runs of a batch, read on the host, ascending in b and begin; every state row is the `final` of exactly one run.
 // Raises where cu_seqlens does not start at 0, decreases, or does not end at L.
 std::vector<Run> host_runs(const Checker& check, const Sequences& sequences);
 

@@ -4,8 +4,12 @@ python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --w
 """
 
 import argparse
+import sys
 
-from . import _C
+try:
+    from . import _C
+except ImportError:
+    _C = None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,6 +30,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
+    if _C is None:
+        sys.exit(
+            "seqkern.plan needs seqkern._C, which was not built: install Python's headers (python3-dev) and reinstall"
+        )
     arguments = vars(_parser().parse_args())
     operator, plan = arguments.pop("operator"), arguments.pop("plan")
     for call, facts in plan(**arguments).items():

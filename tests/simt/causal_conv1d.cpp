@@ -3,7 +3,8 @@
 //
 //   causal_conv1d [SEED [EVERY]]     runs each EVERY-th case; SEED draws what the list of cases leaves open
 //
-// EVERY should have no factor in common with 2, 3, 5 and 7, the lengths of the lists: then it reaches all their entries.
+// EVERY should have no factor in common with 2, 3, 5 and 7, the lengths of the lists: then it reaches all their
+// entries.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
