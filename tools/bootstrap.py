@@ -75,14 +75,19 @@ def _interpreter():
     """The Python to run in, made if need be."""
     if Path(sys.prefix).resolve() == VENV:
         return sys.executable
-    found = importlib.util.find_spec("torch")
-    has_torch = found is not None and torch_home.version(Path(found.origin).parent) is not None
-    if has_torch and _is_ours_to_install_into():
+    if _torch() and _is_ours_to_install_into():
         return sys.executable
     python = str(VENV / "bin" / "python")
     if not _starts(python):
-        _make_venv(python, sees_torch=has_torch)
+        _make_venv(python, sees_torch=_torch() is not None)
     return python
+
+
+def _torch():
+    """The folder of the torch that this Python would import, or None."""
+    spec = importlib.util.find_spec("torch")
+    home = Path(spec.origin).parent if spec and spec.origin else None
+    return home if home and torch_home.version(home) else None
 
 
 def _starts(python):
@@ -141,13 +146,12 @@ def _has_program(name, minimum):
 
 
 def _install_missing(extras):
-    spec = importlib.util.find_spec("torch")
-    if spec is None:
+    if _torch() is None:
         torch = os.environ.get("SEQKERN_TORCH", "torch==2.13.0")
         _say(f"installing {torch} (SEQKERN_TORCH chooses another; a CUDA build is several GB)")
         _install(*shlex.split(torch))
-    elif not torch_home.is_supported(torch_home.version(Path(spec.origin).parent)):
-        sys.exit(torch_home.too_old(Path(spec.origin).parent))
+    elif not torch_home.is_supported(torch_home.version(_torch())):
+        sys.exit(torch_home.too_old(_torch()))
 
     wanted = [*_requirements("requires"), *_requirements("dependencies")]
     for extra in extras:
@@ -187,9 +191,8 @@ def _fingerprint():
     for path in [*sources, *(ROOT / name for name in scripts)]:
         digest.update(f"{path.relative_to(ROOT)}\n".encode())
         digest.update(path.read_bytes())
-    torch = Path(importlib.util.find_spec("torch").origin).parent
     variables = ["SEQKERN_CUDA", "SEQKERN_CUDA_ARCHS", "SEQKERN_TORCH_DIR", "CUDA_HOME", "CXX"]
-    facts = [sys.version, str(ROOT), torch_home.version(torch), *(os.environ.get(name, "") for name in variables)]
+    facts = [sys.version, str(ROOT), torch_home.version(_torch()), *(os.environ.get(name, "") for name in variables)]
     digest.update("\n".join(facts).encode())
     return digest.hexdigest()
 

@@ -47,7 +47,7 @@ inline void visit_width_and_silu(const Params& p, const Body& body) {
 
 // For bfloat16 outputs with SiLU the sums are formed in the scale that silu_of_scaled takes, from scaled parameters.
 template <class T, bool kSilu>
-constexpr Accumulator<T> kParameterScale = kSilu && kSame<T, BFloat16> ? kMinusLog2E : 1;
+constexpr Accumulator<T> kParameterScale = kSilu && kSame<T, BFloat16> ? kSiluScale : 1;
 
 template <class T, bool kSilu, class V>
 inline V activation(V sum) {

@@ -381,17 +381,20 @@ inline V silu_derivative(V x) {
   return s * madd(x, 1 - s, V{} + 1);
 }
 
-// silu(x) for an 8-bit significand, given scaled = -log2(e) x: to 1.4e-4 of its value.
+// silu(x) for an 8-bit significand, given scaled = kSiluScale x: to 2.2e-4 of its value. With E = 2^scaled it is
+// x / (1 + E^2) = scaled / (kSiluScale + kSiluScale E^2); the scale is below 1, so scaled does not overflow.
+constexpr float kSiluScale = 0.5f * kMinusLog2E;
 inline Float silu_of_scaled(Float scaled) {
 #if defined(__AVX512F__)
   const Float fraction = _mm512_reduce_ps(scaled, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Float p = madd(splat(0.07802452f), fraction, splat(0.22606716f));  // minimax on [0, 1) of 2^f
-  p = madd(p, fraction, splat(0.69583354f));
-  p = madd(p, fraction, splat(0.99992522f));
+  Float p = madd(splat(0.0662679258f), fraction, splat(0.192003767f));  // minimax on [0, 1) of sqrt(-kSiluScale) 2^f
+  p = madd(p, fraction, splat(0.590986595f));
+  p = madd(p, fraction, splat(0.849258288f));
   const Float exp = _mm512_maskz_scalef_ps(kAll, p, scaled);
-  return scaled * Float(_mm512_maskz_rcp14_ps(kAll, madd(exp, splat(kMinusLog2E), splat(kMinusLog2E))));
+  return scaled * Float(_mm512_maskz_rcp14_ps(kAll, madd(-exp, exp, splat(kSiluScale))));
 #else
-  return scaled / madd(exp2(scaled), splat(kMinusLog2E), splat(kMinusLog2E));
+  const Float exp = exp2(scaled);
+  return scaled / madd(exp * exp, splat(kSiluScale), splat(kSiluScale));
 #endif
 }
 
