@@ -201,6 +201,7 @@ def _plot(path: Path, contents: dict, results: list[Result]) -> None:
         ticks.append(((top + y - 1) / 2, result.row.label.partition(" ")[2]))
         y += 1.5
     axes.set_yticks(*zip(*ticks, strict=True), fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("time, us (bars are medians, whiskers quartiles, black line the floor)")
