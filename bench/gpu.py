@@ -37,7 +37,7 @@ class Stage:
     """`limit_s` is the most it may take, `reserve_s` what is kept for it however long the stages before it take."""
 
     name: str
-    run: Callable[["Session"], str]
+    run: Callable[["Visit"], str]
     limit_s: float
     reserve_s: float
 
@@ -50,7 +50,7 @@ class Unavailable(Exception):
     """A tool that is not here, or does not work on this machine: no verdict on seqkern."""
 
 
-class Session:
+class Visit:
     """One run of this program: where things are, and how long is left."""
 
     def __init__(self, arguments: argparse.Namespace):
@@ -102,73 +102,73 @@ class Session:
 # ---- the stages
 
 
-def install(session: Session) -> str:
-    if session.wheel is None and session.dry_run:
+def install(visit: Visit) -> str:
+    if visit.wheel is None and visit.dry_run:
         command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--dry-run", "--no-index"]
-        session.command([*command, "--no-deps", "--no-build-isolation", str(ROOT)])
+        visit.command([*command, "--no-deps", "--no-build-isolation", str(ROOT)])
         return "metadata of the source tree; the seqkern that is installed is used"
-    archs = None if session.wheel else os.environ.get("SEQKERN_CUDA_ARCHS") or _native_arch(session)
+    archs = None if visit.wheel else os.environ.get("SEQKERN_CUDA_ARCHS") or _native_arch(visit)
     chosen = {"SEQKERN_CUDA_ARCHS": archs} if archs else {}
-    session.python(HERE / "install.py", session.wheel or ROOT, session.site, **chosen)
-    session.environment = environment(session.site)
-    return f"built for {archs}" if archs else f"wheel {session.wheel.name}"
+    visit.python(HERE / "install.py", visit.wheel or ROOT, visit.site, **chosen)
+    visit.environment = environment(visit.site)
+    return f"built for {archs}" if archs else f"wheel {visit.wheel.name}"
 
 
-def _native_arch(session: Session) -> str:
+def _native_arch(visit: Visit) -> str:
     program = "import torch; print('arch', *torch.cuda.get_device_capability())"
-    major, minor = re.findall(r"^arch (\d+) (\d+)$", session.python("-c", program), re.MULTILINE)[0]
+    major, minor = re.findall(r"^arch (\d+) (\d+)$", visit.python("-c", program), re.MULTILINE)[0]
     return f"{major}{minor}a-real" if (major, minor) == ("9", "0") else f"{major}{minor}-real"
 
 
-def risks(session: Session) -> str:
-    lines = session.out / "risks.json"
+def risks(visit: Visit) -> str:
+    lines = visit.out / "risks.json"
     try:
-        session.python(HERE / "gpu_risks.py", "--device", session.device, "--json", lines)
+        visit.python(HERE / "gpu_risks.py", "--device", visit.device, "--json", lines)
     finally:
         if lines.exists():
-            session.risks = json.loads(lines.read_text(encoding="utf-8"))
+            visit.risks = json.loads(lines.read_text(encoding="utf-8"))
             lines.unlink()
-            for line in session.risks:
+            for line in visit.risks:
                 print(f"    {line['verdict']:<5}{line['risk']:<17}{line['detail']}", flush=True)
-    return f"{sum(line['verdict'] == 'PASS' for line in session.risks)} of {len(session.risks)} pass, none fails"
+    return f"{sum(line['verdict'] == 'PASS' for line in visit.risks)} of {len(visit.risks)} pass, none fails"
 
 
-def tests(session: Session) -> str:
-    chosen = ["-m", "gpu"] if not session.dry_run else ["-m", "not gpu", "-k", "test_expanded_cotangents and cpu"]
+def tests(visit: Visit) -> str:
+    chosen = ["-m", "gpu"] if not visit.dry_run else ["-m", "not gpu", "-k", "test_expanded_cotangents and cpu"]
     # -v, so that the log of a run that is ended at its limit says how far it came.
-    output = session.python("-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", "tests", *chosen)
+    output = visit.python("-m", "pytest", "-v", "--color=no", "-p", "no:cacheprovider", "tests", *chosen)
     if " passed" not in output:
         raise Failed("no test ran")
     return _last_line(output).strip("= ")
 
 
-def sanitizers(session: Session) -> str:
-    return "; ".join(_sanitizer(session, tool) for tool in ("memcheck", "racecheck"))
+def sanitizers(visit: Visit) -> str:
+    return "; ".join(_sanitizer(visit, tool) for tool in ("memcheck", "racecheck"))
 
 
-def _sanitizer(session: Session, tool: str) -> str:
+def _sanitizer(visit: Visit, tool: str) -> str:
     options = ["--tool", tool, "--error-exitcode", "86", "--kernel-name", f"kernel_substring={OUR_KERNELS}"]
-    small = ["gpu_small.py", "--device", session.device, "--limit", "12"]
+    small = ["gpu_small.py", "--device", visit.device, "--limit", "12"]
     target = [sys.executable, str(HERE / small[0]), *small[1:]]
     program = _tool("compute-sanitizer")
-    if session.dry_run:
+    if visit.dry_run:
         if tool == "memcheck":
-            session.command(target)
+            visit.command(target)
         if program is None:
             return f"{tool}: the program it would watch runs; compute-sanitizer is not here"
-        session.command([program, *options, "--require-cuda-init", "no", "true"])
+        visit.command([program, *options, "--require-cuda-init", "no", "true"])
         return f"{tool}: command line accepted"
     if program is None:
         raise Unavailable("compute-sanitizer is not here")
     # Without the caching allocator every tensor is an allocation of its own, so that its end can be overrun.
-    output = _watched(session, [program, *options, *target], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    output = _watched(visit, [program, *options, *target], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     return f"{tool}: {_last_line(output).strip('= ')}"
 
 
-def _watched(session: Session, command: list[str], **environment: str) -> str:
+def _watched(visit: Visit, command: list[str], **environment: str) -> str:
     """The output of a program under one of NVIDIA's tools; `Unavailable` where the tool itself cannot work."""
     try:
-        return session.command(command, **environment)
+        return visit.command(command, **environment)
     except Failed as failure:
         sign = re.search(
             r"Device not supported|LibraryNotLoaded|Failed to initialize|ERR_NVGPUCTRPERM", failure.args[1]
@@ -178,30 +178,30 @@ def _watched(session: Session, command: list[str], **environment: str) -> str:
         raise
 
 
-def benchmarks(session: Session) -> str:
-    budget = 0.8 * (session.stage_deadline - time.monotonic())
-    arguments = ["--as-installed", "--no-compile", "--device", session.device, "--out", session.out]
+def benchmarks(visit: Visit) -> str:
+    budget = 0.8 * (visit.stage_deadline - time.monotonic())
+    arguments = ["--as-installed", "--no-compile", "--device", visit.device, "--out", visit.out]
     arguments += ["--budget", f"{budget:.0f}"]
-    if session.dry_run:
+    if visit.dry_run:
         arguments += ["--quick", "--filter", r"step \(8, 1536\) float32"]
-    output = session.python(HERE / "run.py", *arguments)
+    output = visit.python(HERE / "run.py", *arguments)
     return ", ".join(re.findall(r"^wrote (.*\.json)$", output, re.MULTILINE))
 
 
-def profile(session: Session) -> str:
+def profile(visit: Visit) -> str:
     options = ["--clock-control", "none", "--kernel-name-base", "mangled", "--kernel-name", f"regex:{OUR_KERNELS}"]
-    options += ["--launch-count", "6", "--csv", "--log-file", str(session.out / "ncu.csv")]
+    options += ["--launch-count", "6", "--csv", "--log-file", str(visit.out / "ncu.csv")]
     for section in ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"):
         options += ["--section", section]
-    target = [sys.executable, str(HERE / "gpu_small.py"), "--device", session.device, "--largest"]
+    target = [sys.executable, str(HERE / "gpu_small.py"), "--device", visit.device, "--largest"]
     program = _tool("ncu")
-    if session.dry_run:
-        session.command(target)
+    if visit.dry_run:
+        visit.command(target)
         return "the program it would watch runs"
     if program is None:
         raise Unavailable("ncu is not here")
-    _watched(session, [program, *options, *target])
-    text = (session.out / "ncu.csv").read_text(encoding="utf-8", errors="replace")
+    _watched(visit, [program, *options, *target])
+    text = (visit.out / "ncu.csv").read_text(encoding="utf-8", errors="replace")
     if OUR_KERNELS not in text:
         raise Unavailable(f"ncu read no kernel: {_last_line(text)}")
     launches = set(re.findall(r'^"(\d+)"', text, re.MULTILINE))
@@ -246,21 +246,21 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         arguments.out = (arguments.out or Path(scratch)).resolve()
         arguments.out.mkdir(parents=True, exist_ok=True)
-        return run(Session(arguments), [stage for stage in STAGES if stage.name in names])
+        return run(Visit(arguments), [stage for stage in STAGES if stage.name in names])
 
 
-def run(session: Session, stages: list[Stage]) -> int:
-    session.risks = []
+def run(visit: Visit, stages: list[Stage]) -> int:
+    visit.risks = []
     done = []
     for index, stage in enumerate(stages):
         start = time.monotonic()
         kept = sum(later.reserve_s for later in stages[index + 1 :])
-        session.stage_deadline = min(start + stage.limit_s, max(start + stage.reserve_s, session.deadline - kept))
-        session.stage_deadline = min(session.stage_deadline, session.deadline)
-        print(f"== {stage.name} (at most {session.stage_deadline - start:.0f} s)", flush=True)
-        session.log.write(f"\n==== {stage.name}\n")
+        visit.stage_deadline = min(start + stage.limit_s, max(start + stage.reserve_s, visit.deadline - kept))
+        visit.stage_deadline = min(visit.stage_deadline, visit.deadline)
+        print(f"== {stage.name} (at most {visit.stage_deadline - start:.0f} s)", flush=True)
+        visit.log.write(f"\n==== {stage.name}\n")
         try:
-            verdict, detail = "pass", stage.run(session)
+            verdict, detail = "pass", stage.run(visit)
         except Unavailable as reason:
             verdict, detail = "unavailable", str(reason)
         except subprocess.TimeoutExpired:
@@ -270,21 +270,21 @@ def run(session: Session, stages: list[Stage]) -> int:
         seconds = time.monotonic() - start
         done.append({"stage": stage.name, "verdict": verdict, "seconds": round(seconds, 1), "detail": detail})
         print(f"   {verdict} in {seconds:.0f} s: {detail}", flush=True)
-        _write(session, done)
+        _write(visit, done)
         if stage.name == "install" and verdict != "pass":
             break  # nothing to run
-    shutil.rmtree(session.site, ignore_errors=True)
+    shutil.rmtree(visit.site, ignore_errors=True)
     width = max(len(stage["detail"]) for stage in done)
     print(f"\n{'stage':<12}{'verdict':<13}{'s':>6}  detail\n{'-' * min(100, 33 + width)}")
     for stage in done:
         print(f"{stage['stage']:<12}{stage['verdict']:<13}{stage['seconds']:>6.0f}  {stage['detail']}")
-    print(f"\nresults in {session.out}")
+    print(f"\nresults in {visit.out}")
     return any(stage["verdict"] in ("FAIL", "timeout") for stage in done)
 
 
-def _write(session: Session, done: list[dict]) -> None:
-    contents = {"dry_run": session.dry_run, "stages": done, "risks": session.risks}
-    (session.out / "gpu.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+def _write(visit: Visit, done: list[dict]) -> None:
+    contents = {"dry_run": visit.dry_run, "stages": done, "risks": visit.risks}
+    (visit.out / "gpu.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

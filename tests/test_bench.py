@@ -182,15 +182,15 @@ def test_gpu_dry_run(tmp_path):
 def test_gpu_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path):
     import gpu
 
-    def hang(session):
-        return session.python("-c", "import time; time.sleep(60)")
+    def hang(visit):
+        return visit.python("-c", "import time; time.sleep(60)")
 
-    def succeed(session):
-        return session.python("-c", "print('still here')").strip()
+    def succeed(visit):
+        return visit.python("-c", "print('still here')").strip()
 
-    session = gpu.Session(argparse.Namespace(wheel=None, dry_run=True, out=tmp_path))
+    visit = gpu.Visit(argparse.Namespace(wheel=None, dry_run=True, out=tmp_path))
     stages = [gpu.Stage("hanging", hang, limit_s=1, reserve_s=0), gpu.Stage("next", succeed, limit_s=30, reserve_s=5)]
-    assert gpu.run(session, stages)
+    assert gpu.run(visit, stages)
     first, second = json.loads((tmp_path / "gpu.json").read_text())["stages"]
     assert first["verdict"] == "timeout" and first["seconds"] < 10
     assert (second["verdict"], second["detail"]) == ("pass", "still here")

@@ -4,7 +4,8 @@
 
 namespace seqkern {
 
-// body(begin, end, context) over [begin, end) in pieces of at least `grain`; returns when all are done.
+// body(begin, end, context) over [begin, end) in pieces of at least `grain`; returns when all are done. noexcept,
+// because kernels are compiled without exceptions: an error here, such as memory that has run out, ends the process.
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                   void* context) noexcept;
 
