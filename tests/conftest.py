@@ -4,7 +4,9 @@ A test that takes `case`, `small_case`, `tiny_case` or `operator` runs for every
 One that also takes `device` runs its cases on the CPU, on emulated CUDA kernels, and on a GPU where there is one.
 """
 
+import resource
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,36 @@ torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
 TABLES = ("case", "small_case", "tiny_case")
+
+TEST_SECONDS = 120  # of the processor, for the tests that name an operator, without a GPU and without builds
+_spent = Counter()
+
+
+def _processor_seconds():
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    before = _processor_seconds()
+    try:
+        return (yield)
+    finally:
+        _spent.update({str(op): _processor_seconds() - before for op in OPERATORS if str(op) in item.nodeid})
+
+
+def pytest_sessionfinish(session):
+    if not torch.cuda.is_available() and any(seconds > TEST_SECONDS for seconds in _spent.values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    for operator, seconds in _spent.items():
+        verdict = "OVER ITS BUDGET" if seconds > TEST_SECONDS else "within its budget"
+        terminalreporter.write_line(
+            f"tests of {operator}: {seconds:.0f} s of the processor, {verdict} of {TEST_SECONDS} s"
+        )
 
 
 def pytest_generate_tests(metafunc):

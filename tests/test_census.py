@@ -1,6 +1,7 @@
 """What the compiler reports of every CUDA kernel, per architecture: nothing spills, and the planned occupancy holds."""
 
 import re
+import resource
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,9 +19,27 @@ OPERATORS = sorted(path.parent.name for path in ROOT.glob("csrc/*/op.cpp"))
 KERNELS = {"causal_conv1d": {"fwd.cu": 10, "bwd.cu": 8, "bwd_general.cu": 12, "step.cu": 4}}
 
 
+COMPILE_SECONDS = 40  # of the processor, for an operator on one architecture
+
+
 @pytest.fixture(scope="module")
-def rows():
-    return census.census()
+def compiled():
+    """For each operator (rows of the census, seconds of processor time)."""
+
+    def spent():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    found = {}
+    for folder in OPERATORS:
+        before = spent()
+        found[folder] = census.census(operators=[folder]), spent() - before
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(compiled):
+    return [row for rows, _ in compiled.values() for row in rows]
 
 
 def where(row):
@@ -39,6 +58,11 @@ def test_planned_occupancy_is_reached(rows):
     """tile.h plans blocks per SM, which __launch_bounds__ promise to the compiler."""
     assert [where(row) for row in rows if row["blocks_per_sm"] < row["planned_blocks_per_sm"]] == []
     assert [where(row) for row in rows if row["registers"] > 65536 // row["threads"]] == []
+
+
+@pytest.mark.parametrize("folder", OPERATORS)
+def test_compilation_keeps_its_budget(compiled, folder):
+    assert 0 < compiled[folder][1] / len(census.ARCHS) < COMPILE_SECONDS
 
 
 @pytest.mark.parametrize("arch", census.ARCHS)

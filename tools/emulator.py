@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -85,6 +86,15 @@ def run_program(program, *arguments, schedule=0, timeout=None):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+_seconds = {}  # of the processor, for each (source, flags) that this process built or found built
+
+
+def build_seconds(folder):
+    """Processor time that it took to compile what this process asked for of one operator, cached or not."""
+    mine = (f"csrc/{folder}/", f"tests/simt/{folder}.cpp")
+    return sum(seconds for (source, _), seconds in _seconds.items() if source.startswith(mine))
+
+
 def _emulator_sources():
     return sorted(ROOT.glob("csrc/common/simt/*.cpp"))
 
@@ -111,10 +121,16 @@ def _compiler():
 
 
 def _run(command):
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{shlex.join(command)}\n{done.stderr}")
-    sys.stderr.write(done.stderr)
+    """Runs it and returns the seconds of processor time that it took, its children's included."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        if process.returncode != 0:
+            raise RuntimeError(f"{shlex.join(command)}\n{output.read()}")
+        sys.stderr.write(output.read())
+    return usage.ru_utime + usage.ru_stime
 
 
 def _compile(source, flags, torch_version):
@@ -126,20 +142,21 @@ def _compile(source, flags, torch_version):
     source = os.path.relpath(source, ROOT)
     key = _digest(source, flags, version, torch_version)
     stem = f"{Path(source).parent.name}-{Path(source).name}-{key}"
-    made, needs, state = (BUILD / "objects" / (stem + suffix) for suffix in (".o", ".d", ".digest"))
+    made, needs, state, cost = (BUILD / "objects" / (stem + suffix) for suffix in (".o", ".d", ".digest", ".seconds"))
 
     def digest():  # of the source and the headers that it needed last time
         files = needs.read_text().replace("\\\n", " ").split(":", 1)[1].split()
         return _digest(key, _contents_digest(ROOT / file for file in files))
 
-    if made.exists() and state.exists() and state.read_text() == digest():
-        return made, digest()
-    made.parent.mkdir(parents=True, exist_ok=True)
-    new = made.with_suffix(f".{os.getpid()}.o")
-    language = ["-x", "c++"] if source.endswith(".cu") else []
-    _run([*command, *BASE, *WARNINGS, *flags, "-MMD", "-MF", str(needs), "-o", str(new), "-c", *language, source])
-    new.replace(made)
-    state.write_text(digest())
+    if not (made.exists() and cost.exists() and state.exists() and state.read_text() == digest()):
+        made.parent.mkdir(parents=True, exist_ok=True)
+        new = made.with_suffix(f".{os.getpid()}.o")
+        language = ["-x", "c++"] if source.endswith(".cu") else []
+        compiling = [*command, *BASE, *WARNINGS, *flags, "-MMD", "-MF", str(needs), "-o", str(new), "-c"]
+        cost.write_text(f"{_run([*compiling, *language, source]):.2f}")
+        new.replace(made)
+        state.write_text(digest())
+    _seconds[source, tuple(flags)] = float(cost.read_text())
     return made, digest()
 
 
