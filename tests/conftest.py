@@ -50,9 +50,9 @@ def pytest_sessionfinish(session):
 
 def pytest_terminal_summary(terminalreporter):
     for operator, seconds in _spent.items():
-        verdict = "OVER ITS BUDGET" if seconds > TEST_SECONDS else "within its budget"
+        verdict = "over" if seconds > TEST_SECONDS else "within"
         terminalreporter.write_line(
-            f"tests of {operator}: {seconds:.0f} s of the processor, {verdict} of {TEST_SECONDS} s"
+            f"tests of {operator}: {seconds:.0f} s of the processor, {verdict} the budget of {TEST_SECONDS} s"
         )
 
 

@@ -305,9 +305,11 @@ static_assert(std::size(kInstances) + std::size(kReduceInstances) == kBwdKernels
 void bwd(const BwdParams& p, Stream stream) {
   const Plan plan = plan_bwd(p);
   const Path path = pick_path(p);
-  if (path == Path::kGeneral) bwd_general(p, plan, stream);
-  for (const Instance& instance : kInstances) {
-    if (instance.path != path || instance.dtype != p.dtype) continue;
+  if (path == Path::kGeneral) {
+    bwd_general(p, plan, stream);
+  } else {
+    const Instance& instance =
+        find_instance(kInstances, plan.kernel, [&](const Instance& i) { return i.path == path && i.dtype == p.dtype; });
     launch({.name = plan.kernel,
             .grid = {plan.cut.token_blocks + plan.cut.state_blocks},
             .threads = plan.tile.threads,

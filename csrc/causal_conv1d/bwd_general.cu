@@ -145,12 +145,11 @@ void bwd_general(const BwdParams& p, const Plan& plan, Stream stream) {
     launch({.name = name, .grid = {blocks}, .threads = plan.tile.threads, .stream = stream}, kernel, p, plan.cut);
   };
   const int lanes = p.x_stride.l == 1 ? 32 : 1;
-  for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.dtype) continue;
-    if (p.silu) start("causal_conv1d_bwd_dpre", plan.cut.token_blocks, instance.dpre);
-    start("causal_conv1d_bwd_dx", plan.cut.token_blocks + plan.cut.state_blocks, instance.dx);
-    start("causal_conv1d_bwd_dweight", ceil_div(partial_elements(p) * lanes, plan.tile.threads), instance.dweight);
-  }
+  const Instance& instance =
+      find_instance(kInstances, plan.kernel, [&](const Instance& i) { return i.dtype == p.dtype; });
+  if (p.silu) start("causal_conv1d_bwd_dpre", plan.cut.token_blocks, instance.dpre);
+  start("causal_conv1d_bwd_dx", plan.cut.token_blocks + plan.cut.state_blocks, instance.dx);
+  start("causal_conv1d_bwd_dweight", ceil_div(partial_elements(p) * lanes, plan.tile.threads), instance.dweight);
 }
 
 }  // namespace seqkern::causal_conv1d::cuda

@@ -202,15 +202,14 @@ static_assert(std::size(kInstances) == kFwdKernels);
 
 void fwd(const FwdParams& p, Stream stream) {
   const Plan plan = plan_fwd(p);
-  for (const Instance& instance : kInstances) {
-    if (instance.path != pick_path(p) || instance.dtype != p.dtype) continue;
-    launch({.name = plan.kernel,
-            .grid = {plan.cut.token_blocks + plan.cut.state_blocks},
-            .threads = plan.tile.threads,
-            .smem_bytes = plan.smem_bytes,
-            .stream = stream},
-           instance.kernel, p, plan.cut);
-  }
+  const Instance& instance = find_instance(
+      kInstances, plan.kernel, [&](const Instance& i) { return i.path == pick_path(p) && i.dtype == p.dtype; });
+  launch({.name = plan.kernel,
+          .grid = {plan.cut.token_blocks + plan.cut.state_blocks},
+          .threads = plan.tile.threads,
+          .smem_bytes = plan.smem_bytes,
+          .stream = stream},
+         instance.kernel, p, plan.cut);
 }
 
 }  // namespace seqkern::causal_conv1d::cuda

@@ -85,11 +85,10 @@ static_assert(std::size(kInstances) == kStepKernels);
 
 void step(const StepParams& p, Stream stream) {
   const Plan plan = plan_step(p);
-  for (const Instance& instance : kInstances) {
-    if (instance.dtype != p.dtype) continue;
-    launch({.name = plan.kernel, .grid = {plan.cut.token_blocks}, .threads = plan.tile.threads, .stream = stream},
-           instance.kernel, p);
-  }
+  const Instance& instance =
+      find_instance(kInstances, plan.kernel, [&](const Instance& i) { return i.dtype == p.dtype; });
+  launch({.name = plan.kernel, .grid = {plan.cut.token_blocks}, .threads = plan.tile.threads, .stream = stream},
+         instance.kernel, p);
 }
 
 }  // namespace seqkern::causal_conv1d::cuda

@@ -89,4 +89,14 @@ void launch(const Launch& how, void (*kernel)(Params...), Args&&... args) {
 
 #endif
 
+// The entry of a kernel table that fits. A table without one is an error here: else the launch would silently be none.
+template <typename Instance, size_t kCount, typename Fits>
+const Instance& find_instance(const Instance (&table)[kCount], const char* name, Fits fits) {
+  for (const Instance& instance : table) {
+    if (fits(instance)) return instance;
+  }
+  throw std::logic_error(std::string("seqkern: the table of ") + name +
+                         " has no kernel for this call; please report it");
+}
+
 }  // namespace seqkern
