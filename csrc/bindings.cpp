@@ -62,8 +62,8 @@ py::dict plan_causal_conv1d(int64_t batch, int64_t channels, int64_t length, int
                             int64_t dilation, bool silu, bool bias, bool states, bool channels_last) {
   namespace conv = causal_conv1d;
   const DType type = dtype_of(dtype);
-  const conv::Strides stride =
-      channels_last ? conv::Strides{length * channels, 1, channels} : conv::Strides{channels * length, length, 1};
+  const Strides stride =
+      channels_last ? Strides{length * channels, 1, channels} : Strides{channels * length, length, 1};
   const auto array = [&](bool present, DType element) { return Array{present ? kPresent : nullptr, element}; };
 
   conv::Inputs in{};

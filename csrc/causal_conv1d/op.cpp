@@ -16,27 +16,6 @@ const CpuKernels& cpu_kernels() {
   return select(generic::kernels, avx2::kernels, avx512::kernels);
 }
 
-// Memory order of a (B, D, L) tensor: time contiguous or channels contiguous. Both are native.
-bool has_contiguous_time(const Tensor& t) {
-  return t.stride(2) == 1 || t.size(2) == 1;
-}
-bool has_contiguous_channels(const Tensor& t) {
-  return t.stride(1) == 1 || t.size(1) == 1;
-}
-bool prefers_channels(const Tensor& t) {
-  return has_contiguous_channels(t) && (!has_contiguous_time(t) || (t.size(2) == 1 && t.size(1) > 1));
-}
-
-Tensor swap_last_two(const Tensor& t) {
-  return torch::stable::transpose(t, 1, 2);
-}
-
-// The stride of a dimension of size 1 is arbitrary: here it is what the memory order implies.
-Strides strides(const Tensor& t, bool channels_first) {
-  if (channels_first) return {t.stride(0), 1, t.size(2) == 1 ? t.size(1) : t.stride(2)};
-  return {t.stride(0), t.size(1) == 1 ? t.size(2) : t.stride(1), 1};
-}
-
 // What forward and backward are both given, checked, and kept alive while kernels read it.
 struct Call {
   Checker check{"causal_conv1d"};
@@ -62,10 +41,10 @@ struct Call {
       check.shape("bias", *bias_in, {{"D", D}});
       check.device("bias", *bias_in, "x", x_in);
     }
-    packing = Packing(check, x_in, B, L, cu_seqlens, seq_idx);
+    packing = Packing(check, "x", x_in, B, L, cu_seqlens, seq_idx);
     in.sequences = packing.sequences(B, L, reverse);
     channels_first = prefers_channels(x_in);
-    x = in_order(x_in);
+    x = in_order(x_in, channels_first);
     if (initial_state_in) check_state("initial_state", *initial_state_in);
 
     weight = as_contiguous(weight_in);
@@ -88,26 +67,12 @@ struct Call {
     check.device(name, state, "x", x);
   }
 
-  // The tensor itself where its memory order is that of x, else a copy.
-  Tensor in_order(const Tensor& t) const {
-    if (!channels_first) return has_contiguous_time(t) ? t : as_contiguous(t);
-    return has_contiguous_channels(t) ? t : swap_last_two(as_contiguous(swap_last_two(t)));
-  }
-
   Tensor empty_like_x() const {
-    const int64_t B = in.sequences.batch, D = in.channels, L = in.sequences.length;
-    if (channels_first) return swap_last_two(empty(x, {B, L, D}, x.scalar_type()));
-    return empty(x, {B, D, L}, x.scalar_type());
+    return empty_in_order(x, in.sequences.batch, in.channels, in.sequences.length, x.scalar_type(), channels_first);
   }
 
   ScalarType accumulator_type() const { return scalar_type(accumulator(in.dtype)); }
 };
-
-template <class Params>
-void launch(void (*kernel)(const Params&, Stream), const Params& params, const Tensor& x) {
-  const DeviceScope scope(x);
-  kernel(params, scope.stream);
-}
 
 template <Target kTarget>
 std::vector<Tensor> fwd(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
@@ -126,7 +91,7 @@ std::vector<Tensor> fwd(const Tensor& x, const Tensor& weight, const MaybeTensor
   if constexpr (kTarget == Target::kCpu)
     cpu_kernels().fwd(p);
   else
-    launch(cuda::fwd, p, call.x);
+    launch_beside(x, cuda::fwd, p);
   return out;
 }
 
@@ -142,7 +107,7 @@ std::vector<Tensor> bwd(const Tensor& dy, const MaybeTensor& dfinal_state, const
   call.check.shape("dy", dy, {{"B", B}, {"D", D}, {"L", L}});
   call.check.same_dtype("dy", dy, "x", x);
   call.check.device("dy", dy, "x", x);
-  const Tensor dy_in_order = call.in_order(dy);
+  const Tensor dy_in_order = in_order(dy, call.channels_first);
   p.dy = dy_in_order.data_ptr(), p.dy_stride = strides(dy_in_order, call.channels_first);
   MaybeTensor dfinal;
   if (dfinal_state) {
@@ -172,18 +137,8 @@ std::vector<Tensor> bwd(const Tensor& dy, const MaybeTensor& dfinal_state, const
   if constexpr (kCpu)
     cpu_kernels().bwd(p);
   else
-    launch(cuda::bwd, p, call.x);
+    launch_beside(x, cuda::bwd, p);
   return grads;
-}
-
-void check_state_indices(const Checker& check, const StepParams& p, const Tensor& indices) {
-  const Tensor on_host = torch::stable::to(indices, torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t row = p.state_indices_is_int64 ? static_cast<const int64_t*>(on_host.data_ptr())[b]
-                                                 : static_cast<const int32_t*>(on_host.data_ptr())[b];
-    if (row >= p.rows)
-      check.fail("state_indices must be below R=", p.rows, ", got ", row, "; negative rows are skipped");
-  }
 }
 
 // Of x: (B, D) or (B, D, T). Tokens enter conv_state in place, rows as state_indices says, else row b for batch row b.
@@ -218,14 +173,9 @@ Tensor step(const Tensor& x, Tensor conv_state, const Tensor& weight_in, const M
     check.fail("conv_state must have R=B=", p.batch, " rows, got ", p.rows, "; pass state_indices to pick rows");
 
   const Tensor weight = as_contiguous(weight_in);
-  const MaybeTensor bias = as_contiguous(bias_in), state_indices = as_contiguous(state_indices_in);
-  if (state_indices) {
-    check.shape("state_indices", *state_indices, {{"B", p.batch}});
-    check.device("state_indices", *state_indices, "x", x);
-    p.state_indices_is_int64 = check.index("state_indices", *state_indices);
-    p.state_indices = state_indices->data_ptr();
-    if (kTarget == Target::kCpu || checks_values()) check_state_indices(check, p, *state_indices);
-  }
+  const MaybeTensor bias = as_contiguous(bias_in);
+  const StateIndices state_indices(check, state_indices_in, "x", x, p.batch, p.rows);
+  p.state_indices = state_indices.data(), p.state_indices_is_int64 = state_indices.is_int64;
   p.x = x.data_ptr(), p.x_stride = {x.stride(0), x.stride(1), one_token ? 0 : x.stride(2)};
   p.weight = array(check, "weight", weight);
   p.bias = array(check, "bias", bias);
@@ -238,7 +188,7 @@ Tensor step(const Tensor& x, Tensor conv_state, const Tensor& weight_in, const M
   if constexpr (kTarget == Target::kCpu)
     cpu_kernels().step(p);
   else
-    launch(cuda::step, p, x);
+    launch_beside(x, cuda::step, p);
   return y;
 }
 

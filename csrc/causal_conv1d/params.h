@@ -6,17 +6,13 @@
 // With `reverse` time runs from L - 1 to 0: the same sum over x_{t + (W - 1 - j) dilation}. States are in the order in
 // which time passes: column S - 1 of the initial state is the token just before L - 1, that of the final state is x_0.
 #pragma once
-#include "common/dtype.h"
+#include "common/layout.h"
 #include "common/sequences.h"
 #include "common/stream.h"
 
 namespace seqkern::causal_conv1d {
 
 constexpr int64_t kMaxWidth = 64;
-
-struct Strides {
-  int64_t b, d, l;  // one of d and l is 1: channels or time are contiguous
-};
 
 struct Inputs {
   Sequences sequences;  // B, L, packing, direction

@@ -3,6 +3,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -28,7 +29,9 @@ inline std::string shape_text(const Tensor& tensor) {
   return out.str();
 }
 
-inline std::string shape_text(std::initializer_list<Dim> dims) {
+using Dims = std::span<const Dim>;
+
+inline std::string shape_text(Dims dims) {
   std::ostringstream out;
   const char* separator = "";
   out << "(";
@@ -67,12 +70,15 @@ class Checker {
  public:
   explicit Checker(const char* op) : op_(op) {}
 
-  void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) const {
+  void shape(const char* name, const Tensor& tensor, Dims dims) const {
     bool ok = tensor.dim() == static_cast<int64_t>(dims.size());
     int64_t i = 0;
     if (ok)
       for (const Dim& dim : dims) ok = ok && (dim.size < 0 || dim.size == tensor.size(i)), ++i;
     if (!ok) fail(name, " must be ", shape_text(dims), ", got ", shape_text(tensor));
+  }
+  void shape(const char* name, const Tensor& tensor, std::initializer_list<Dim> dims) const {
+    shape(name, tensor, Dims(dims.begin(), dims.size()));
   }
 
   // float32, bfloat16, float16 or float64.

@@ -69,4 +69,11 @@ struct DeviceScope {
 
 #endif
 
+// Runs a CUDA path on the device of a tensor and on the stream that torch is using there.
+template <class Params>
+void launch_beside(const Tensor& tensor, void (*kernels)(const Params&, Stream), const Params& params) {
+  const DeviceScope scope(tensor);
+  kernels(params, scope.stream);
+}
+
 }  // namespace seqkern

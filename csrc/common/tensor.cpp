@@ -4,22 +4,53 @@
 #include <cstdlib>
 
 namespace seqkern {
+namespace {
 
-Packing::Packing(const Checker& check, const Tensor& x, int64_t B, int64_t L, const std::optional<Tensor>& cu_seqlens,
-                 const std::optional<Tensor>& seq_idx)
+bool has_contiguous_time(const Tensor& t) {
+  return t.stride(2) == 1 || t.size(2) == 1;
+}
+bool has_contiguous_channels(const Tensor& t) {
+  return t.stride(1) == 1 || t.size(1) == 1;
+}
+Tensor swap_last_two(const Tensor& t) {
+  return torch::stable::transpose(t, 1, 2);
+}
+
+}  // namespace
+
+bool prefers_channels(const Tensor& t) {
+  return has_contiguous_channels(t) && (!has_contiguous_time(t) || (t.size(2) == 1 && t.size(1) > 1));
+}
+
+Tensor in_order(const Tensor& t, bool channels_first) {
+  if (!channels_first) return has_contiguous_time(t) ? t : as_contiguous(t);
+  return has_contiguous_channels(t) ? t : swap_last_two(as_contiguous(swap_last_two(t)));
+}
+
+Tensor empty_in_order(const Tensor& like, int64_t B, int64_t D, int64_t L, ScalarType type, bool channels_first) {
+  return channels_first ? swap_last_two(empty(like, {B, L, D}, type)) : empty(like, {B, D, L}, type);
+}
+
+Strides strides(const Tensor& t, bool channels_first) {
+  if (channels_first) return {t.stride(0), 1, t.size(2) == 1 ? t.size(1) : t.stride(2)};
+  return {t.stride(0), t.size(1) == 1 ? t.size(2) : t.stride(1), 1};
+}
+
+Packing::Packing(const Checker& check, const char* x_name, const Tensor& x, int64_t B, int64_t L,
+                 const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& seq_idx)
     : cu_seqlens(as_contiguous(cu_seqlens)), seq_idx(as_contiguous(seq_idx)) {
   if (cu_seqlens && seq_idx) check.fail("cu_seqlens and seq_idx exclude each other; pass one of them");
   if (cu_seqlens) {
     check.shape("cu_seqlens", *cu_seqlens, {{"N + 1"}});
     if (cu_seqlens->size(0) < 1) check.fail("cu_seqlens must be (N + 1,) with at least one element, got (0,)");
     check.index("cu_seqlens", *cu_seqlens);
-    check.device("cu_seqlens", *cu_seqlens, "x", x);
+    check.device("cu_seqlens", *cu_seqlens, x_name, x);
     if (B != 1) check.fail("cu_seqlens needs a batch of B=1, got B=", B, "; concatenate the sequences along time");
   }
   if (seq_idx) {
     check.shape("seq_idx", *seq_idx, {{"B", B}, {"L", L}});
     check.int32("seq_idx", *seq_idx);
-    check.device("seq_idx", *seq_idx, "x", x);
+    check.device("seq_idx", *seq_idx, x_name, x);
   }
 }
 
@@ -37,6 +68,23 @@ Sequences Packing::sequences(int64_t B, int64_t L, bool reverse) const {
 bool checks_values() {
   const char* value = std::getenv("SEQKERN_CHECK");
   return value != nullptr && *value == '1';
+}
+
+StateIndices::StateIndices(const Checker& check, const std::optional<Tensor>& given, const char* x_name,
+                           const Tensor& x, int64_t B, int64_t rows)
+    : indices(as_contiguous(given)) {
+  if (!indices) return;
+  check.shape("state_indices", *indices, {{"B", B}});
+  check.device("state_indices", *indices, x_name, x);
+  is_int64 = check.index("state_indices", *indices);
+  const torch::stable::Device host(torch::headeronly::DeviceType::CPU);
+  if (x.device().type() != host.type() && !checks_values()) return;
+  const Tensor on_host = torch::stable::to(*indices, host);
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t row = is_int64 ? static_cast<const int64_t*>(on_host.data_ptr())[b]
+                                 : static_cast<const int32_t*>(on_host.data_ptr())[b];
+    if (row >= rows) check.fail("state_indices must be below R=", rows, ", got ", row, "; negative rows are skipped");
+  }
 }
 
 void Packing::check_values(const Checker& check, const Sequences& sequences) const {

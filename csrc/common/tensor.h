@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/layout.h"
 #include "common/sequences.h"
 
 namespace seqkern {
@@ -45,6 +46,15 @@ inline Array array(const Checker& check, const char* name, const std::optional<T
   return {tensor->data_ptr(), check.floating(name, *tensor)};
 }
 
+// A (B, D, L) tensor is read and written where it lies if its time or its channels are contiguous. Outputs take the
+// order of the input that they belong to.
+bool prefers_channels(const Tensor& t);
+// The tensor itself where its memory order is the one asked for, else a copy.
+Tensor in_order(const Tensor& t, bool channels_first);
+Tensor empty_in_order(const Tensor& like, int64_t B, int64_t D, int64_t L, ScalarType type, bool channels_first);
+// The stride of a dimension of size 1 is arbitrary: here it is what the memory order implies.
+Strides strides(const Tensor& t, bool channels_first);
+
 // Tensors that say how the tokens form sequences, checked; they must outlive the Sequences made of them.
 struct Packing {
   std::optional<Tensor> cu_seqlens;  // (N + 1,) int32 or int64, contiguous
@@ -52,8 +62,8 @@ struct Packing {
 
   Packing() = default;
   // Of x: (B, D, L) or (B, L, ...), with `B` and `L` its batch and time dimensions.
-  Packing(const Checker& check, const Tensor& x, int64_t B, int64_t L, const std::optional<Tensor>& cu_seqlens,
-          const std::optional<Tensor>& seq_idx);
+  Packing(const Checker& check, const char* x_name, const Tensor& x, int64_t B, int64_t L,
+          const std::optional<Tensor>& cu_seqlens, const std::optional<Tensor>& seq_idx);
   Sequences sequences(int64_t B, int64_t L, bool reverse) const;
 
   // Reads device tensors back and checks their values where SEQKERN_CHECK=1 asks for it (this synchronises).
@@ -63,6 +73,16 @@ struct Packing {
 // The runs of a batch, read on the host, ascending in b and begin; every state row is the `final` of exactly one run.
 // Raises where cu_seqlens does not start at 0, decreases, or does not end at L.
 std::vector<Run> host_runs(const Checker& check, const Sequences& sequences);
+
+// Rows of a state pool of `rows` rows that the B batch rows of a step own: (B,) int32 or int64, contiguous.
+struct StateIndices {
+  std::optional<Tensor> indices;
+  bool is_int64 = false;
+
+  StateIndices(const Checker& check, const std::optional<Tensor>& indices, const char* x_name, const Tensor& x,
+               int64_t B, int64_t rows);
+  const void* data() const { return indices ? indices->data_ptr() : nullptr; }
+};
 
 // SEQKERN_CHECK=1: raise for bad values in device tensors too, at the price of a synchronisation.
 bool checks_values();
