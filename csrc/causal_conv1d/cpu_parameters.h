@@ -2,7 +2,7 @@
 // the rounding of outputs. Internal to cpu.cpp.
 #pragma once
 #include "causal_conv1d/params.h"
-#include "common/simd.h"
+#include "common/simd_math.h"
 
 namespace seqkern::causal_conv1d {
 namespace {

@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 
 // A dimension by its letter and, where it is settled, its size: {"D", 64}, or {"W"} for any size.
 struct Dim {
-  const char* name;
+  const char* name = nullptr;
   int64_t size = -1;
 };
 

@@ -37,4 +37,39 @@ __device__ __forceinline__ A silu_derivative(A x) {
   return sigmoid * fma(x, A(1) - sigmoid, A(1));
 }
 
+// 2^x to 2 ulp, with no error at 0. Results below 2^-126 become 0; infinities and NaN are kept.
+__device__ __forceinline__ float exp2_approx(float x) {
+#if defined(SEQKERN_EMULATE)
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// To about 1e-6 of its value.
+__device__ __forceinline__ float sigmoid(float x) {
+  return __fdividef(1.0f, 1.0f + exp2_approx(x * -1.44269504f));
+}
+__device__ __forceinline__ double sigmoid(double x) {
+  return 1.0 / (1.0 + exp(-x));
+}
+
+// log(1 + exp(x)), and x itself above 20, where fp32 holds no difference. With e = exp(-|x|) <= 1 it is
+// max(x, 0) + log1p(e), and log1p(e) = 2 atanh(s) for s = e / (2 + e) <= 1/3: a polynomial in s^2, to 4e-9.
+__device__ __forceinline__ float softplus(float x) {
+  const float e = exp2_approx(-fabsf(x) * 1.44269504f);
+  const float s = __fdividef(e, 2.0f + e), q = s * s;
+  float p = fmaf(q, 0.28178334f, 0.27960602f);
+  p = fmaf(q, p, 0.4002491f);
+  p = fmaf(q, p, 0.66666314f);
+  p = fmaf(q, p, 2.0f);
+  return fmaf(s, p, fmaxf(x, 0.0f));
+}
+__device__ __forceinline__ double softplus(double x) {
+  return x > 20.0 ? x : log1p(exp(x));
+}
+
 }  // namespace seqkern

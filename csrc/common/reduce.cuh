@@ -15,6 +15,29 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// Sums of kCount values over the lanes that differ in the bits kFar, kFar / 2 ... kNear, all of which take part. While
+// several values are left, a lane keeps half of them, the upper half where its bit is set, and gives the others away:
+// it ends with v[0] ... , the kCount / lanes sums (at least one) that its bits, the highest first, have chosen.
+template <int kFar, int kNear, int kCount, typename T>
+__device__ __forceinline__ void halving_sum(T (&v)[kCount]) {
+  int count = kCount;
+#pragma unroll
+  for (int bit = kFar; bit >= kNear; bit /= 2) {
+    if (count == 1) {
+      v[0] += __shfl_xor_sync(0xffffffffu, v[0], bit);
+      continue;
+    }
+    count /= 2;
+    const bool upper = (threadIdx.x & bit) != 0;
+#pragma unroll
+    for (int i = 0; i < kCount / 2; ++i) {
+      if (i >= count) continue;
+      const T given = upper ? v[i] : v[count + i];
+      v[i] = (upper ? v[count + i] : v[i]) + __shfl_xor_sync(0xffffffffu, given, bit);
+    }
+  }
+}
+
 // All threads of the block take part and all threads get the sum; partial is shared memory that is free before and
 // after the call.
 template <int kThreads, typename T>

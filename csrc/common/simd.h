@@ -1,4 +1,4 @@
-// Vectors for CPU kernels. The file that includes this is compiled once per instruction set, so everything here has
+// Vectors for CPU kernels; simd_math.h has functions of them. The file that includes this is compiled once per instruction set, so everything here has
 // internal linkage and nothing comes from std:: (a weak symbol of one instruction set could be linked into another).
 //
 // Vec<A> is one register of A = float or double; memory of any element type is widened on load and rounded to
@@ -172,6 +172,38 @@ inline void split_columns(const Vec<A>* rows, Vec<A>* columns) {
   if constexpr (kPart + 1 < kCount) split_columns<kCount, A, kPart + 1>(rows, columns);
 }
 
+// Exchanges of lanes between the vectors `a` and `b` whose numbers differ in the bit kBit. First: of each pair of lanes
+// whose numbers differ in that bit, the lower ones of a and b; second: the upper ones.
+template <int kLanes, int kBit, bool kUpper>
+struct Exchanged {
+  static constexpr int of(int i) { return (i & kBit ? kLanes : 0) + ((i & ~kBit) | (kUpper ? kBit : 0)); }
+};
+template <class A, int kBit, bool kUpper>
+inline Vec<A> exchange(Vec<A> a, Vec<A> b) {
+  return shuffle<Exchanged<kLanes<A>, kBit, kUpper>>(a, b, typename IndicesBelow<kLanes<A>>::type{});
+}
+
+// Lane j of rows[i] and lane i of rows[j] change places.
+template <class A, int kBit = 1>
+inline void transpose(Vec<A>* rows) {
+  for (int i = 0; i < kLanes<A>; ++i) {
+    if (i & kBit) continue;
+    const Vec<A> a = rows[i], b = rows[i | kBit];
+    rows[i] = exchange<A, kBit, false>(a, b);
+    rows[i | kBit] = exchange<A, kBit, true>(a, b);
+  }
+  if constexpr (2 * kBit < kLanes<A>) transpose<A, 2 * kBit>(rows);
+}
+
+// Lane i of the result is the sum of the lanes of rows[i], added as a tree.
+template <class A, int kBit = 1>
+inline Vec<A> sums_of_lanes(Vec<A>* rows) {
+  for (int i = 0; i < kLanes<A>; i += 2 * kBit)
+    rows[i] = exchange<A, kBit, false>(rows[i], rows[i | kBit]) + exchange<A, kBit, true>(rows[i], rows[i | kBit]);
+  if constexpr (2 * kBit < kLanes<A>) return sums_of_lanes<A, 2 * kBit>(rows);
+  return rows[0];
+}
+
 template <class A>
 inline A sum_of_lanes(Vec<A> v) {
   A sum = 0;
@@ -275,6 +307,15 @@ inline Vec<A> load(const T* p) {
   }
 }
 
+// The first n of them, and zeros.
+template <class A, class T>
+inline Vec<A> load(const T* p, int n) {
+  if (n >= kLanes<A>) return load<A>(p);
+  T whole[kLanes<A>] = {};
+  __builtin_memcpy(whole, p, static_cast<size_t>(n) * sizeof(T));
+  return load<A>(whole);
+}
+
 template <class A, class T>
 inline void store(T* p, Vec<A> v) {
   if constexpr (kSame<A, T>) {
@@ -330,72 +371,6 @@ inline void append_column(const T* memory, Vec<A> last, Vec<A>* rows) {
   const Vec<A> from = kVector == kCount - 1 ? rows[kVector] : load<A>(memory + kVector * kLanes<A> + 1);
   rows[kVector] = shuffle<Appended<kCount, kLanes<A>, kVector>>(from, last, typename IndicesBelow<kLanes<A>>::type{});
   if constexpr (kVector + 1 < kCount) append_column<kCount, A, T, kVector + 1>(memory, last, rows);
-}
-
-// 2^x to 3e-7 of its value, exact at integers; inf where it overflows, 0 or subnormal where it underflows.
-inline Float exp2(Float x) {
-#if defined(__AVX512F__)
-  const Float fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 for +-inf
-  const Float whole = x - fraction;
-#else
-  x = x > 252.f ? splat(252.f) : x;  // beyond, 2^x is inf or 0; false for NaN, which stays
-  x = x < -252.f ? splat(-252.f) : x;
-  const Float whole = (x + 0x1.8p23f) - 0x1.8p23f;
-  const Float fraction = x - whole;
-#endif
-  // Minimax on [-0.5, 0.5] of (2^f - 1) / f.
-  Float p = madd(splat(1.326472712e-3f), fraction, splat(9.671512645e-3f));
-  p = madd(p, fraction, splat(5.550733743e-2f));
-  p = madd(p, fraction, splat(0.2402224209f));
-  p = madd(p, fraction, splat(0.6931469776f));
-  p = madd(p, fraction, splat(1.f));
-#if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(kAll, p, whole);
-#else
-  const Int n = __builtin_convertvector(whole, Int);
-  const Int half = n >> 1;  // two factors: 2^n itself may be out of range
-  return p * bit_cast<Float>((half + 127) << 23) * bit_cast<Float>((n - half + 127) << 23);
-#endif
-}
-
-constexpr float kMinusLog2E = -1.44269504f;
-inline Float sigmoid(Float x) {
-  return 1.f / (exp2(x * kMinusLog2E) + 1.f);
-}
-
-inline Double sigmoid(Double x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = 1. / (1. + __builtin_exp(-x[i]));
-  return x;
-}
-
-// silu(x) = x sigmoid(x), and its derivative. As in torch, -inf gives NaN.
-inline Float silu(Float x) {
-  return x / (exp2(x * kMinusLog2E) + 1.f);
-}
-inline Double silu(Double x) {
-  return x * sigmoid(x);
-}
-template <class V>
-inline V silu_derivative(V x) {
-  const V s = sigmoid(x);
-  return s * madd(x, 1 - s, V{} + 1);
-}
-
-// silu(x) for an 8-bit significand, given scaled = kSiluScale x: to 2.2e-4 of its value. With E = 2^scaled it is
-// x / (1 + E^2) = scaled / (kSiluScale + kSiluScale E^2); the scale is below 1, so scaled does not overflow.
-constexpr float kSiluScale = 0.5f * kMinusLog2E;
-inline Float silu_of_scaled(Float scaled) {
-#if defined(__AVX512F__)
-  const Float fraction = _mm512_reduce_ps(scaled, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  Float p = madd(splat(0.0662679258f), fraction, splat(0.192003767f));  // minimax on [0, 1) of sqrt(-kSiluScale) 2^f
-  p = madd(p, fraction, splat(0.590986595f));
-  p = madd(p, fraction, splat(0.849258288f));
-  const Float exp = _mm512_maskz_scalef_ps(kAll, p, scaled);
-  return scaled * Float(_mm512_maskz_rcp14_ps(kAll, madd(-exp, exp, splat(kSiluScale))));
-#else
-  const Float exp = exp2(scaled);
-  return scaled / madd(exp * exp, splat(kSiluScale), splat(kSiluScale));
-#endif
 }
 
 // Fetch the cache line `bytes` ahead of where a loop reads or writes: neither the hardware nor the order of execution

@@ -18,6 +18,16 @@ inline float rsqrtf(float x) {
 inline double rsqrt(double x) {
   return 1.0 / sqrt(x);
 }
+// sin(pi x), cos(pi x): the reduction to [-1, 1] is exact.
+inline void sincospi(double x, double* sine, double* cosine) {
+  const double angle = 3.14159265358979323846 * (x - 2.0 * rint(0.5 * x));
+  *sine = sin(angle), *cosine = cos(angle);
+}
+inline void sincospif(float x, float* sine, float* cosine) {
+  double s, c;
+  sincospi(static_cast<double>(x), &s, &c);
+  *sine = static_cast<float>(s), *cosine = static_cast<float>(c);
+}
 inline float __expf(float x) {
   return expf(x);
 }
