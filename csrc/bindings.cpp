@@ -7,6 +7,7 @@
 
 #include "causal_conv1d/tile.h"
 #include "common/isa.h"
+#include "selective_scan/tile.h"
 
 namespace py = pybind11;
 
@@ -92,6 +93,78 @@ py::dict plan_causal_conv1d(int64_t batch, int64_t channels, int64_t length, int
   return plans;
 }
 
+py::dict plan_selective_scan(int64_t batch, int64_t channels, int64_t length, int64_t states, const std::string& dtype,
+                             int64_t groups, bool complex, bool gate, bool constant, bool two_exp, bool split_time,
+                             bool checkpoints, bool channels_last) {
+  namespace scan = selective_scan;
+  const DType type = dtype_of(dtype), sums = accumulator(type);
+  const Strides stride =
+      channels_last ? Strides{length * channels, 1, channels} : Strides{channels * length, length, 1};
+  const Data tokens{kPresent, type, stride};
+  if (groups < 1 || channels % groups != 0) throw std::invalid_argument("groups must divide channels");
+
+  scan::Inputs in{};
+  in.sequences.batch = in.sequences.count = batch;
+  in.sequences.length = length;
+  in.channels = channels, in.states = states, in.complex = complex, in.two_exp = two_exp, in.softplus = true;
+  in.accumulator = sums, in.split_time = split_time;
+  in.u = in.delta = tokens;
+  if (gate) in.z = tokens;
+  in.A = in.D = in.delta_bias = {kPresent, sums};
+  in.B.data = in.C.data = kPresent, in.B.dtype = in.C.dtype = type;
+  in.B.groups = in.C.groups = constant ? 0 : groups;
+
+  scan::FwdParams fwd{in, tokens};
+  if (checkpoints) fwd.checkpoints = kPresent;
+  scan::BwdParams bwd{in, tokens};
+  bwd.du = bwd.ddelta = tokens;
+  if (gate) bwd.dz = tokens;
+
+  scan::StepParams step{};
+  step.batch = step.rows = batch, step.heads = channels, step.size = 1, step.states = states;
+  step.complex = complex, step.accumulator = sums;
+  step.u.data = step.delta.data = step.y.data = step.D.data = step.delta_bias.data = kPresent;
+  step.u.dtype = step.delta.dtype = step.y.dtype = step.z.dtype = type, step.D.dtype = step.delta_bias.dtype = sums;
+  if (gate) step.z.data = kPresent;
+  step.A.dtype = step.state.dtype = sums, step.B.dtype = step.C.dtype = type;
+  step.B.heads_per_group = step.C.heads_per_group = channels / groups;
+
+  const auto facts = [](const char* why, int64_t blocks, int threads, int blocks_per_sm, int64_t workspace_bytes,
+                        int64_t bytes) {
+    py::dict d;
+    d["because"] = why;
+    d["blocks"] = blocks;
+    d["threads per block"] = threads;
+    d["blocks per SM"] = blocks_per_sm;
+    d["workspace bytes"] = workspace_bytes;
+    d["bytes moved"] = bytes;
+    return d;
+  };
+  py::dict plans;
+  {
+    const scan::cuda::FwdPlan plan = scan::cuda::plan_fwd(fwd);
+    py::dict d = facts(scan::cuda::why(plan.kind), plan.blocks, 32 * plan.cut.warps, plan.tile.blocks_per_sm,
+                       plan.workspace_bytes, scan::cuda::fwd_bytes(fwd));
+    d["segments of a row"] = plan.cut.segments;
+    d["shared memory bytes"] = plan.smem_bytes;
+    d["launches"] = plan.cut.segments > 1 ? 3 : 1;
+    plans["forward"] = d;
+  }
+  {
+    const scan::cuda::BwdPlan plan = scan::cuda::plan_bwd(bwd);
+    py::dict d = facts(scan::cuda::why(plan.kind), plan.blocks, 32 * plan.cut.warps * plan.tile.sharing,
+                       plan.tile.blocks_per_sm, scan::cuda::bwd_workspace_bytes(bwd), scan::cuda::bwd_bytes(bwd));
+    d["segments of a row"] = plan.cut.segments;
+    plans["backward"] = d;
+  }
+  {
+    const scan::cuda::StepPlan plan = scan::cuda::plan_step(step);
+    plans["step"] = facts("a few threads own one channel of one batch row", plan.blocks, plan.tile.threads,
+                          plan.tile.blocks_per_sm, 0, scan::cuda::step_bytes(step));
+  }
+  return plans;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -104,4 +177,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("length"), py::arg("width"), py::arg("dtype"), py::arg("dilation") = 1, py::arg("silu") = true,
         py::arg("bias") = true, py::arg("states") = false, py::arg("channels_last") = false,
         "The CUDA kernels that a shape runs: how many blocks, what they need and the bytes that they move.");
+  m.def("plan_selective_scan", &plan_selective_scan, py::kw_only(), py::arg("batch"), py::arg("channels"),
+        py::arg("length"), py::arg("states"), py::arg("dtype"), py::arg("groups") = 1, py::arg("complex") = false,
+        py::arg("gate") = true, py::arg("constant") = false, py::arg("two_exp") = false, py::arg("split_time") = true,
+        py::arg("checkpoints") = true, py::arg("channels_last") = false, "The same.");
 }

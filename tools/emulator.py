@@ -54,7 +54,8 @@ def build_library(op_folders=None):
 
     jobs = [(source, OPTIMIZED) for source in _emulator_sources()]
     jobs += [(source, OPTIMIZED) for folder in folders for source in sorted(folder.glob("*.cu"))]
-    facing_torch = [folder / "op.cpp" for folder in folders] + sorted(ROOT.glob("csrc/common/*.cpp"))
+    facing_torch = [source for folder in folders for source in sorted(folder.glob("op*.cpp"))]
+    facing_torch += sorted(ROOT.glob("csrc/common/*.cpp"))
     jobs += [(source, OPTIMIZED + torch_flags) for source in facing_torch]
     libtorch = ["-Wl,--no-as-needed", str(home / "lib" / "libtorch.so")]
     return _link("_emu.so", jobs, ["-shared", "-Wl,--gc-sections", *libtorch], torch_home.version(home))

@@ -1,6 +1,7 @@
 """What an operator would launch for a shape on a GPU, and the bytes it moves; needs no GPU.
 
 python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --width 4 --dtype bf16
+python -m seqkern.plan selective_scan --batch 1 --channels 1536 --length 2048 --states 16 --dtype bf16
 """
 
 import argparse
@@ -16,16 +17,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m seqkern.plan", description=__doc__.splitlines()[0])
     operators = parser.add_subparsers(dest="operator", required=True)
 
-    conv = operators.add_parser("causal_conv1d")
-    for name in ("batch", "channels", "length", "width"):
-        conv.add_argument(f"--{name}", type=int, required=True)
-    conv.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16", "fp64"])
+    def operator(name, plan, *sizes):
+        parsed = operators.add_parser(name)
+        for size in ("batch", "channels", "length", *sizes):
+            parsed.add_argument(f"--{size}", type=int, required=True)
+        parsed.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16", "fp64"])
+        parsed.add_argument("--channels-last", action="store_true", help="memory order (B, L, D)")
+        parsed.set_defaults(plan=plan)
+        return parsed
+
+    conv = operator("causal_conv1d", _C.plan_causal_conv1d, "width")
     conv.add_argument("--dilation", type=int, default=1)
     conv.add_argument("--no-silu", dest="silu", action="store_false")
     conv.add_argument("--no-bias", dest="bias", action="store_false")
     conv.add_argument("--states", action="store_true", help="with initial and final state")
-    conv.add_argument("--channels-last", action="store_true", help="memory order (B, L, D)")
-    conv.set_defaults(plan=_C.plan_causal_conv1d)
+
+    scan = operator("selective_scan", _C.plan_selective_scan, "states")
+    scan.add_argument("--groups", type=int, default=1, help="of B and C")
+    scan.add_argument("--complex", action="store_true", help="complex A")
+    scan.add_argument("--constant", action="store_true", help="B and C of shape (D, N)")
+    scan.add_argument("--two-exp", action="store_true", help='transition "two_exp_minus_one"')
+    scan.add_argument("--no-gate", dest="gate", action="store_false", help="without z")
+    scan.add_argument("--no-checkpoints", dest="checkpoints", action="store_false", help="no backward follows")
+    scan.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
     return parser
 
 
