@@ -24,9 +24,11 @@ def fresh_compiler():
 
 
 def of_length(operator, L, factors):
+    """With every argument that may be None, states only where the factors say so."""
     letters = operator.shape.split()
     sizes = dict(zip(letters, operator.factors["shape"][0], strict=True)) | {"L": L}
-    return operator.case(shape=tuple(sizes[letter] for letter in letters), **factors).inputs()
+    factors = {"initial_state": False, "return_final_state": False} | factors
+    return operator.full_case(shape=tuple(sizes[letter] for letter in letters), **factors).inputs()
 
 
 def compiled(operator, backend, dynamic=True):
@@ -48,7 +50,10 @@ def test_one_graph_for_every_length(operator, factors):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "silu", "dilation": 2}], ids=str)
+OPTIONS = {"activation": "silu", "dilation": 2, "delta_softplus": True, "transition": "two_exp_minus_one"}
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "options"])
 def test_no_length_and_one_token(operator, options):
     function = compiled(operator, "aot_eager")
     for L in (0, 1, 2):
@@ -94,7 +99,7 @@ def test_export(operator):
 
     inputs = of_length(operator, 17, STATES)
     dynamic = {
-        name: {operator.axis(name, "L"): torch.export.Dim("L", min=2)} if name in operator.data else None
+        name: {operator.axis(name, "L"): torch.export.Dim("L", min=2)} if name in inputs.data else None
         for name in inputs.tensors
     }
     program = torch.export.export(Module(), (inputs.tensors,), dynamic_shapes=(dynamic,), strict=False)

@@ -16,30 +16,27 @@ def resized(tensor, at, change):
 
 def bad_tensors(inputs):
     """(argument, a tensor that does not fit it, what the message says), for every argument and dimension."""
-    known = set()
+    derived = inputs.operator.state_sizes(inputs.operator.case().values | inputs.sizes).keys()
+    known = {"N"} | derived & set(inputs.operator.arguments["initial_state"].split())
+    free = derived - known
     for i, (name, letters) in enumerate(inputs.operator.arguments.items()):
         tensor = inputs.tensors[name]
         yield name, tensor[None], r"must be \(.*\), got \(1, .*\)"
         yield name, tensor[0], r"must be \(.*\), got \(.*\)"
         yield name, tensor.int(), "must be float32, bfloat16, float16 or float64, got int32"
         if i > 0:
-            yield name, tensor.to("meta"), f"must be on the device of {inputs.operator.data[0]}"
+            yield name, tensor.to("meta"), f"must be on the device of {inputs.data[0]}"
         for at, letter in enumerate(letters.split()):
-            if letter in known | {"N", "S"}:
+            if letter in known:
                 size = tensor.shape[at]
                 for change in (1, -1):
                     expected, given = rf"\(.*={size}\b.*\)", rf"\(.*\b{size + change}\b.*\)"
                     yield name, resized(tensor, at, change), f"must be {expected}, got {given}"
-        known |= set(letters.split())
-
-
-def every_argument(operator):
-    values = {name: True for name in operator.arguments if name in operator.factors}
-    return operator.case(return_final_state=True, **values).inputs()
+        known |= set(letters.split()) - free
 
 
 def test_tensors_that_do_not_fit(operator, device):
-    inputs = every_argument(operator)
+    inputs = operator.full_case().inputs()
     for name, tensor, message in bad_tensors(inputs):
         with pytest.raises(RuntimeError, match=rf"^{operator}: {name} {message}"):
             inputs.outputs(**{name: tensor})
@@ -47,11 +44,11 @@ def test_tensors_that_do_not_fit(operator, device):
 
 def test_tensors_that_do_not_fit_a_step(operator, device):
     """Parameters and the state; the state, which the step would write, stays as it is."""
-    inputs = every_argument(operator)
+    inputs = operator.full_case().inputs()
     state = inputs.tensors["initial_state"].clone()
     untouched = state.clone()
     for name, tensor, message in bad_tensors(inputs):
-        if name in [*operator.data, "initial_state"]:
+        if name in [*inputs.data, "initial_state"]:
             continue
         with pytest.raises(RuntimeError, match=f"^{operator}_step: {name} {message}"):
             inputs.but({name: tensor}).step(0, state)
@@ -70,7 +67,7 @@ def test_tensors_that_do_not_fit_a_step(operator, device):
 @pytest.mark.parametrize("indices", ["float", "long", "short", "beyond"])
 def test_state_indices_that_do_not_fit(operator, device, indices, monkeypatch):
     monkeypatch.setenv("SEQKERN_CHECK", "1")  # CUDA kernels check values only on request
-    inputs = every_argument(operator)
+    inputs = operator.full_case().inputs()
     state = inputs.tensors["initial_state"].clone()
     untouched, B = state.clone(), inputs.sizes["B"]
     bad, message = {
@@ -135,6 +132,8 @@ def test_a_gradient_that_does_not_fit(operator, device, record):
             bwd(bad, *rest)
 
 
+BAD_TRANSITION = 'transition must be "exp" or "two_exp_minus_one", got \'tanh\''
+
 # What is particular to an operator: (options, tensors by a function of the inputs, error, message).
 PARTICULAR = {
     "causal_conv1d": [
@@ -145,6 +144,24 @@ PARTICULAR = {
         ({}, lambda i: {"weight": torch.ones(3, 65)}, RuntimeError, "the width W of weight must be 1 to 64, got 65"),
         ({}, lambda i: {"weight": torch.ones(32, 4)}, RuntimeError, r"weight must be \(D=3, W\), got \(32, 4\)"),
     ],
+    "selective_scan": [
+        ({"transition": "tanh"}, None, ValueError, BAD_TRANSITION),
+        (
+            {},
+            lambda i: {"B": torch.ones(2, 2, 16, 17)},
+            RuntimeError,
+            "B must have a number of groups G that divides D=3, got G=2",
+        ),
+        (
+            {},
+            lambda i: {"C": torch.ones(2, 0, 16, 17)},
+            RuntimeError,
+            "C must have a number of groups G that divides D=3, got G=0",
+        ),
+        ({}, lambda i: {"B": torch.ones(3, 15)}, RuntimeError, r"B must be \(D=3, N=16\), got \(3, 15\)"),
+        ({}, lambda i: {"C": torch.ones(2, 16, 18)}, RuntimeError, r"C must be \(B=2, N=16, L=17\), got \(2, 16, 18\)"),
+        ({}, lambda i: {"B": torch.ones(16)}, RuntimeError, r"B must be \(B=2, G, N=16, L=17\), got \(16,\)"),
+    ],
 }
 PARTICULAR_STEP = {
     "causal_conv1d": [
@@ -152,6 +169,16 @@ PARTICULAR_STEP = {
         ({"dilation": 0}, {}, RuntimeError, "dilation must be 1 to .*, got 0"),
         ({"dilation": 2}, {}, RuntimeError, r"conv_state must have at least \(W-1\)\*dilation=6 columns, got 3"),
         ({}, {"weight": torch.ones(3, 65)}, RuntimeError, "the width W of weight must be 1 to 64, got 65"),
+    ],
+    "selective_scan": [
+        ({"transition": "tanh"}, {}, ValueError, BAD_TRANSITION),
+        (
+            {},
+            {"B": torch.ones(2, 2, 16, 17)},
+            RuntimeError,
+            "B must have a number of groups G that divides D=3, got G=2",
+        ),
+        ({}, {"C": torch.ones(2, 1, 15, 17)}, RuntimeError, r"C must be \(B=2, G, N=16\), got \(2, 1, 15\)"),
     ],
 }
 
@@ -181,7 +208,7 @@ def test_every_operator_lists_its_options():
 
 def test_messages_are_one_sentence_about_shapes(operator):
     """The example of the style: who, what, expected, given."""
-    inputs = every_argument(operator)
+    inputs = operator.full_case().inputs()
     with pytest.raises(RuntimeError) as raised:
         inputs.outputs(**{name: tensor[None] for name, tensor in inputs.tensors.items()})
     assert re.fullmatch(rf"{operator}: \w+ must be \([A-Z, ]+\), got \([0-9, ]+\)", str(raised.value).splitlines()[0])

@@ -118,9 +118,11 @@ def _make_venv(python, sees_torch):
 
 
 def _requirements(key):
-    """A list of strings in pyproject.toml. (Python 3.10 cannot read TOML by itself.)"""
+    """A list of strings in pyproject.toml, for this Python. (Python 3.10 cannot read TOML by itself.)"""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    return ast.literal_eval(re.search(rf"^{key} = (\[.*?\])", text, re.MULTILINE | re.DOTALL)[1])
+    items = ast.literal_eval(re.search(rf"^{key} = (\[.*?\])", text, re.MULTILINE | re.DOTALL)[1])
+    split = [re.fullmatch(r"([^;]*)(?:; python_version >= '(.*)')?", item).groups() for item in items]
+    return [requirement for requirement, python in split if list(sys.version_info) >= _numbers(python or "")]
 
 
 def _is_installed(requirement):

@@ -3,8 +3,11 @@
 import platform
 import sys
 from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import seqkern
 from seqkern._load import library
@@ -45,31 +48,55 @@ def _describe(gpu: torch.device) -> str:
     return f"{gpu} {limits.name} (sm_{limits.major}{limits.minor}, {limits.multi_processor_count} SMs)"
 
 
-def _causal_conv1d(device: torch.device) -> float:
-    """Largest difference from the float64 reference over forward, backward and step, relative to the largest value."""
-    generator = torch.Generator().manual_seed(0)
+class Check(NamedTuple):
+    """One call of an operator with states and gradients, and one step; `ops` is seqkern or seqkern.reference."""
 
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+    shapes: dict[str, tuple[int, ...]]  # of the tensors, by argument
+    call: Callable[[ModuleType, dict[str, Tensor]], tuple[Tensor, Tensor]]
+    step: Callable[[ModuleType, dict[str, Tensor], Tensor], Tensor]
 
-    x, weight, bias, state, dy = random(2, 40, 129), random(40, 4), random(40), random(2, 40, 3), random(2, 40, 129)
+    def difference(self, device: torch.device) -> float:
+        """The largest from the float64 reference, relative to the largest value of an output or gradient."""
+        generator = torch.Generator().manual_seed(0)
+        tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in self.shapes.items()}
+        wide = {name: tensor.double() for name, tensor in tensors.items()}
+        results = zip(self._run(seqkern, tensors), self._run(seqkern.reference, wide), strict=True)
+        return max(((actual - exact).abs().max() / exact.abs().max()).item() for actual, exact in results)
 
-    def run(function: Callable, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inputs = [tensor.clone().requires_grad_() for tensor in tensors]
-        y, final_state = function(*inputs[:3], "silu", initial_state=inputs[3], return_final_state=True)
-        return y, final_state, *torch.autograd.grad(y, inputs, dy.to(y.dtype))
-
-    actual = run(seqkern.causal_conv1d, x, weight, bias, state)
-    expected = run(seqkern.reference.causal_conv1d, *(tensor.double() for tensor in (x, weight, bias, state)))
-    with torch.no_grad():
-        states = state.clone(), state.double()
-        actual += (seqkern.causal_conv1d_step(x[..., 0], states[0], weight, bias, "silu"), states[0])
-        wide = (x[..., 0].double(), states[1], weight.double(), bias.double(), "silu")
-        expected += (seqkern.reference.causal_conv1d_step(*wide), states[1])
-    return max(((a - e).abs().max() / e.abs().max()).item() for a, e in zip(actual, expected, strict=True))
+    def _run(self, ops: ModuleType, tensors: dict[str, Tensor]) -> list[Tensor]:
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items()}
+        outputs = self.call(ops, leaves)
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        state = tensors["initial_state"].clone()
+        return [*outputs, *gradients, self.step(ops, tensors, state), state]
 
 
-SELF_CHECKS = {"causal_conv1d": _causal_conv1d}
+def _decaying(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"A": -tensors["A"].exp()}
+
+
+def _scan_step(ops: ModuleType, tensors: dict[str, Tensor], state: Tensor) -> Tensor:
+    tensors = _decaying(tensors)
+    token = {name: tensors[name][..., 0] for name in ("u", "delta", "B", "C", "z")}
+    parameters = {name: tensors[name] for name in ("A", "D", "delta_bias")}
+    return ops.selective_scan_step(state, **token, **parameters, delta_softplus=True)
+
+
+SELF_CHECKS = {
+    "causal_conv1d": Check(
+        {"x": (2, 40, 129), "weight": (40, 4), "bias": (40,), "initial_state": (2, 40, 3)},
+        lambda ops, t: ops.causal_conv1d(**t, activation="silu", return_final_state=True),
+        lambda ops, t, state: ops.causal_conv1d_step(t["x"][..., 0], state, t["weight"], t["bias"], "silu"),
+    ),
+    "selective_scan": Check(
+        {"u": (2, 40, 129), "delta": (2, 40, 129), "A": (40, 16), "B": (2, 2, 16, 129), "C": (2, 2, 16, 129)}
+        | {"D": (40,), "z": (2, 40, 129), "delta_bias": (40,), "initial_state": (2, 40, 16)},
+        lambda ops, t: ops.selective_scan(**_decaying(t), delta_softplus=True, return_last_state=True),
+        _scan_step,
+    ),
+}
 TOLERANCE = 1e-5  # float32 sums of a few hundred terms
 
 
@@ -79,7 +106,7 @@ def self_check() -> bool:
     for device in [torch.device("cpu"), *_gpus()]:
         for name, check in SELF_CHECKS.items():
             try:
-                difference = check(device)
+                difference = check.difference(device)
                 ok, detail = difference < TOLERANCE, f"relative difference {difference:.1e}"
             except Exception as error:
                 ok, detail = False, f"{type(error).__name__}: {error}"

@@ -27,6 +27,10 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
         )
     if transforms or forward_ad._current_level >= 0:
         return True
+    return requires_grad(*tensors)
+
+
+def requires_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -61,3 +65,52 @@ def autocast_operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Sums and states: float64 for float64 data, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def prefers_channels(x: torch.Tensor) -> bool:
+    """Whether kernels lay their outputs out with contiguous channels, for (B, D, L) data x (csrc/common/tensor.h)."""
+    _, D, L = x.shape
+    channels, time = x.stride(1) == 1 or D == 1, x.stride(2) == 1 or L == 1
+    return channels and (not time or (L == 1 and D > 1))
+
+
+def empty_like_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, in the memory order of outputs for the (B, D, L) data x."""
+    B, D, L = x.shape
+    return x.new_empty(B, L, D).transpose(1, 2) if prefers_channels(x) else x.new_empty(B, D, L)
+
+
+def in_order_of(x: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A (B, D, L) tensor in the memory order of outputs for x."""
+    return tensor.mT.contiguous().mT if prefers_channels(x) else tensor.contiguous()
+
+
+def vmap_over_channels(function, info, in_dims, args, in_axes, out_axes):
+    """Channels are independent: the mapped dimension joins them, and one call serves all. Only mapped packings loop.
+
+    Args:
+        function: an autograd function whose first arguments are tensors, or None, and then packings and options.
+        info, in_dims, args: what torch gives to its `vmap`.
+        in_axes: the dimension of the channels in each of those tensors, where none is mapped.
+        out_axes: that of each output.
+    """
+    V, num_tensors = info.batch_size, len(in_axes)
+    if any(dim is not None for dim in in_dims[num_tensors:]):
+        calls = [
+            function.apply(*(a if dim is None else a.select(dim, v) for a, dim in zip(args, in_dims, strict=True)))
+            for v in range(V)
+        ]
+        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), tuple(0 for _ in calls[0])
+
+    def fold(tensor, dim, axis):
+        if tensor is None:
+            return None
+        tensor = tensor.unsqueeze(0).expand(V, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.movedim(0, axis).flatten(axis, axis + 1)
+
+    folded = [
+        fold(t, dim, axis) for t, dim, axis in zip(args[:num_tensors], in_dims[:num_tensors], in_axes, strict=True)
+    ]
+    outputs = function.apply(*folded, *args[num_tensors:])
+    unfolded = (t.unflatten(axis, (V, t.shape[axis] // V)) for t, axis in zip(outputs, out_axes, strict=True))
+    return tuple(unfolded), tuple(out_axes)

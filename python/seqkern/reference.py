@@ -2,5 +2,7 @@
 
 from .ops.causal_conv1d import reference as causal_conv1d
 from .ops.causal_conv1d import reference_step as causal_conv1d_step
+from .ops.selective_scan import reference as selective_scan
+from .ops.selective_scan import reference_step as selective_scan_step
 
-__all__ = ["causal_conv1d", "causal_conv1d_step"]
+__all__ = ["causal_conv1d", "causal_conv1d_step", "selective_scan", "selective_scan_step"]

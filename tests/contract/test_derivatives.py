@@ -35,11 +35,9 @@ def test_gradgradcheck(tiny_case):
 @pytest.fixture
 def tiny(operator):
     """One small call with every differentiable argument and output."""
-    present = {name: True for name in operator.arguments if name in operator.factors}
-    values = {"return_final_state": True, "activation": "silu"} | present
-    values = {name: value for name, value in values.items() if name in operator.factors}
+    nonlinear = {name: value for name, value in {"activation": "silu"}.items() if name in operator.factors}
     narrow = {name: choices[0] for name, choices in operator.tiny.items()}
-    return operator.case(dtype=torch.float64, **narrow, **values).inputs()
+    return operator.full_case(dtype=torch.float64, **narrow, **nonlinear).inputs()
 
 
 def scalar(inputs, function=None):
@@ -140,7 +138,7 @@ def one_by_one(function, tensors, in_dims, V=3):
 
 def subsets(inputs):
     """Data alone, parameters alone, everything."""
-    data = set(inputs.operator.data)
+    data = set(inputs.data)
     return [data, inputs.tensors.keys() - data, set(inputs.tensors)]
 
 

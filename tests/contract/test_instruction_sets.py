@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from seqkern.testing import OPERATORS
+
 _C = pytest.importorskip("seqkern._C", reason="this build has no Python headers, so no list of instruction sets")
 
 HERE = Path(__file__).parent
@@ -16,7 +18,7 @@ TESTS = [
     f"{HERE / 'test_sequences.py'}::test_packed_equals_separate",
     f"{HERE / 'test_sequences.py'}::test_nan_and_inf_stay_in_their_sequence",
     f"{HERE / 'test_step.py'}",
-    *map(str, sorted(HERE.parent.glob("test_causal_conv1d.py"))),
+    *(f"{HERE.parent / f'test_{operator}.py'}" for operator in OPERATORS),
 ]
 
 

@@ -41,7 +41,8 @@ def results(inputs, cotangents):
 
 def axis(operator, name, letter):
     """As Operator.axis, for gradients too."""
-    return operator.axis(name.removeprefix("d") if name not in operator.outputs else name, letter)
+    known = operator.arguments | operator.outputs
+    return operator.axis(name if name in known else name.removeprefix("d"), letter)
 
 
 def take(operator, values, letter, index):
@@ -133,7 +134,7 @@ def test_padding_is_zero_and_has_no_effect(operator, device):
         return {name: mask(operator, name, value, padding, torch.nan) for name, value in values.items()}
 
     outputs, grads = inputs.gradients(cotangents)
-    dirty = inputs.but(poisoned({name: inputs.tensors[name] for name in operator.data}))
+    dirty = inputs.but(poisoned({name: inputs.tensors[name] for name in inputs.data}))
     dirty_outputs, dirty_grads = dirty.gradients(poisoned(cotangents))
     assert_bitwise(dirty_outputs, outputs)
     assert_bitwise(dirty_grads, grads)
@@ -183,7 +184,7 @@ def test_reverse_is_forward_on_flipped_time(case, device):
     inputs = with_state(case).but(packing="none", layout="contiguous").inputs(device)
     operator, cotangents = inputs.operator, inputs.cotangents()
     mirrored = inputs.but(
-        {name: inputs.tensors[name].flip(operator.axis(name, "L")) for name in operator.data},
+        {name: inputs.tensors[name].flip(operator.axis(name, "L")) for name in inputs.data},
         reverse=not inputs.options["reverse"],
     )
     actual = flipped(operator, results(mirrored, flipped(operator, cotangents)))
@@ -195,7 +196,7 @@ def test_reverse_of_packs(operator, device):
     inputs = operator.case(packing="cu_seqlens", initial_state=True, return_final_state=True).inputs(device)
     L, bounds = inputs.sizes["L"], inputs.options["cu_seqlens"]
     mirrored = inputs.but(
-        {name: inputs.tensors[name].flip(operator.axis(name, "L")) for name in operator.data}
+        {name: inputs.tensors[name].flip(operator.axis(name, "L")) for name in inputs.data}
         | {"initial_state": inputs.tensors["initial_state"].flip(0)},
         reverse=True,
         cu_seqlens=(L - bounds).flip(0),
@@ -212,7 +213,7 @@ def test_a_changed_token_changes_nothing_before_it(small_case, device):
     time = operator.axis("y", "L")
     for t in range(L):
         changed = {}
-        for name in operator.data:
+        for name in inputs.data:
             changed[name] = inputs.tensors[name].clone()
             changed[name].select(operator.axis(name, "L"), t).add_(1)
         after = inputs.but(changed).outputs()["y"]
@@ -229,7 +230,7 @@ def test_a_changed_cotangent_changes_no_gradient_behind_it(operator, device):
     t = inputs.sizes["L"] // 2
     cotangents["y"].select(operator.axis("y", "L"), t).add_(1)
     _, after = inputs.gradients(cotangents)
-    for name in operator.data:
+    for name in inputs.data:
         time = operator.axis(name, "L")
         behind = [grads[f"d{name}"].narrow(time, t + 1, inputs.sizes["L"] - t - 1) for grads in (before, after)]
         assert torch.equal(*behind)
@@ -243,17 +244,17 @@ def test_nan_and_inf_stay_in_their_sequence(operator, device, packing, reverse, 
     if packing not in operator.factors["packing"]:
         pytest.skip(f"{operator} has no {packing}")
     options = {"activation": "silu"} if "activation" in operator.factors else {}
-    case = operator.case(packing=packing, reverse=reverse, initial_state=True, return_final_state=True, **options)
+    case = operator.full_case(packing=packing, reverse=reverse, **options)
     inputs = case.inputs(device)
     cotangents = inputs.cotangents()
     clean = results(inputs, cotangents)
-    B, L = (inputs.tensors[operator.data[0]].shape[operator.axis(operator.data[0], letter)] for letter in "BL")
+    B, L = inputs.sizes["B"], inputs.sizes["L"]
     everything = runs(B, L, inputs.options.get("cu_seqlens"), inputs.options.get("seq_idx"), reverse)
     run = max(everything, key=lambda run: run.end - run.begin)
     t = (run.begin + run.end) // 2
     hit = torch.zeros(B, L, dtype=torch.bool, device=device)
     hit[run.b, t] = True
-    for name in operator.data:
+    for name in inputs.data:
         sick_inputs = inputs.but({name: mask(operator, name, inputs.tensors[name], hit, bad)})
         outputs, grads = sick_inputs.gradients(cotangents)
         sick = per_row(operator, outputs | grads)

@@ -18,7 +18,15 @@ from torch import Tensor
 
 from .._load import library
 from .._sequences import runs
-from .._torch import accumulator, autocast_operands, check_devices, forbid_grad, needs_graph
+from .._torch import (
+    accumulator,
+    autocast_operands,
+    check_devices,
+    empty_like_tokens,
+    forbid_grad,
+    needs_graph,
+    vmap_over_channels,
+)
 
 
 def causal_conv1d(
@@ -238,7 +246,8 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _vmap_over_channels(_Conv, info, in_dims, args, num_tensors=4)
+        out_axes = (1, 1) if args[-1] else (1,)
+        return vmap_over_channels(_Conv, info, in_dims, args, _channel_axes(args[:4], in_dims), out_axes)
 
 
 class _ConvBackward(torch.autograd.Function):
@@ -294,7 +303,9 @@ class _ConvBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _vmap_over_channels(_ConvBackward, info, in_dims, args, num_tensors=6)
+        in_axes = _channel_axes(args[:6], in_dims)
+        out_axes = [axis for axis, t in zip(in_axes[2:], args[2:], strict=False) if t is not None]
+        return vmap_over_channels(_ConvBackward, info, in_dims, args, in_axes, out_axes)
 
 
 class _Linear:
@@ -342,42 +353,14 @@ def _silu_derivatives(pre: Tensor) -> tuple[Tensor, Tensor]:
     return s * (1 + pre * (1 - s)), s * (1 - s) * (2 + pre * (1 - 2 * s))
 
 
-def _vmap_over_channels(function, info, in_dims, args, num_tensors):
-    """Channels are independent: the mapped dimension joins them, and one call serves all. Only mapped packings loop."""
-    V = info.batch_size
-    if any(dim is not None for dim in in_dims[num_tensors:]):
-        calls = [
-            function.apply(*(a if dim is None else a.select(dim, v) for a, dim in zip(args, in_dims, strict=True)))
-            for v in range(V)
-        ]
-        return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), tuple(0 for _ in calls[0])
-
-    def fold(tensor, dim, channels):
-        if tensor is None:
-            return None
-        tensor = tensor.unsqueeze(0).expand(V, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return tensor.movedim(0, channels).flatten(channels, channels + 1)
-
-    folded = [
-        fold(t, dim, channels=1 if t is not None and t.dim() - (dim is not None) == 3 else 0)
-        for t, dim in zip(args[:num_tensors], in_dims[:num_tensors], strict=True)
-    ]
-    outputs = function.apply(*folded, *args[num_tensors:])
-    channel_dims = [0 if t.dim() < 3 else 1 for t in outputs]
-    return tuple(t.unflatten(c, (V, -1)) for t, c in zip(outputs, channel_dims, strict=True)), tuple(channel_dims)
+def _channel_axes(tensors, in_dims):
+    """Where x, weight and the others have their channels, without a mapped dimension."""
+    return [int(t is not None and t.dim() - (dim is not None) == 3) for t, dim in zip(tensors, in_dims, strict=False)]
 
 
 def register(namespace: str) -> None:
     """Shapes for tracing, and derivatives under torch.compile, of the operators in `namespace`."""
     ops = getattr(torch.ops, namespace)
-
-    def like(x):
-        """Uninitialised, in the memory order that the kernels give the outputs for x (op.cpp: prefers_channels)."""
-        B, D, L = x.shape
-        channels, time = x.stride(1) == 1 or D == 1, x.stride(2) == 1 or L == 1
-        if channels and (not time or (L == 1 and D > 1)):
-            return x.new_empty(B, L, D).transpose(1, 2)
-        return x.new_empty(B, D, L)
 
     def check(x, weight, bias, initial_state, cu_seqlens, seq_idx, **grads):
         packing = {"cu_seqlens": cu_seqlens, "seq_idx": seq_idx}
@@ -388,12 +371,12 @@ def register(namespace: str) -> None:
         N = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         S = (weight.shape[1] - 1) * dilation
         state = [x.new_empty(N, x.shape[1], S, dtype=accumulator(x.dtype))] if return_final_state else []
-        return [like(x), *state]
+        return [empty_like_tokens(x), *state]
 
     def bwd(dy, dfinal_state, x, weight, bias, initial_state, cu_seqlens, seq_idx, silu, dilation, reverse):
         check(x, weight, bias, initial_state, cu_seqlens, seq_idx, dy=dy, dfinal_state=dfinal_state)
         parameters = [t for t in (weight, bias, initial_state) if t is not None]
-        return [like(x), *(t.new_empty(t.shape) for t in parameters)]
+        return [empty_like_tokens(x), *(t.new_empty(t.shape) for t in parameters)]
 
     def step(x, conv_state, weight, bias, state_indices, silu, dilation):
         tensors = {"weight": weight, "bias": bias, "conv_state": conv_state, "state_indices": state_indices}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,8 +58,12 @@ class Operator:
     tiny: Factors  # factors narrowed for numerical derivatives
     options: Callable[[dict[str, Any]], dict[str, Any]]  # keyword options of a case, without packing and direction
     state_sizes: Callable[[dict[str, Any]], dict[str, int]]  # letters that follow from the others
-    workspace_bytes: Callable[[dict[str, int], torch.dtype], int]  # of the backward, on the CPU
-    draw: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)  # normal variates to an argument's range
+    workspace_bytes: Callable[[Inputs], int]  # of the backward, on the CPU
+    kept_bytes: Callable[[Inputs], int] = lambda inputs: 0  # between forward and backward, besides the inputs
+    variants: Callable[[dict[str, Any]], dict[str, str]] = lambda values: {}  # shapes that are others in some cases
+    # Normal variates to an argument's range, by the case's values.
+    draw: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = field(default_factory=dict)
+    lean: dict[str, Any] = field(default_factory=dict)  # values of factors for a call of very many elements
 
     def case(self, **values: Any) -> Case:
         """A case by hand: the first value of every factor, but for those given."""
@@ -66,6 +71,20 @@ class Operator:
         if unknown:
             raise ValueError(f"{self.name} has no factors {sorted(unknown)}; it has {sorted(self.factors)}")
         return Case(self, {name: values.get(name, choices[0]) for name, choices in self.factors.items()})
+
+    def full_case(self, **values: Any) -> Case:
+        """The same with every argument that may be None, and the final state."""
+        optional = {name: True for name in self.arguments if True in self.factors.get(name, ())}
+        return self.case(**({"return_final_state": True} | optional | values))
+
+    def of(self, values: dict[str, Any]) -> Operator:
+        """The same with the shapes that arguments and outputs have in one case."""
+        shapes = self.variants(values)
+        arguments, outputs = (
+            {name: shapes.get(name, letters) for name, letters in names.items()}
+            for names in (self.arguments, self.outputs)
+        )
+        return replace(self, arguments=arguments, outputs=outputs)
 
     @functools.cached_property
     def cases(self) -> list[Case]:
@@ -114,7 +133,7 @@ class Case:
     def __str__(self) -> str:
         parts = []
         for name, value in self.values.items():
-            if value in (None, False) or (name == "parameter_dtype" and value == "same"):
+            if value is None or value is False or (name == "parameter_dtype" and value == "same"):
                 continue
             text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value).removeprefix("torch.")
             parts.append(name if value is True else text if name in ("dtype", "shape", "layout") else f"{name}={text}")
@@ -133,20 +152,20 @@ class Case:
             options["cu_seqlens"] = bounds.to(self["index_dtype"]).to(device)
         elif self["packing"] == "seq_idx":
             options["seq_idx"] = _seq_idx(sizes["B"], sizes["L"], generator).to(device)
-        sizes |= {letter: value for letter, value in self.values.items() if len(letter) == 1}
-        sizes |= self.operator.state_sizes(sizes | self.values)
+        sizes |= {name: value for name, value in self.values.items() if len(name) == 1 and type(value) is int}
+        sizes |= self.operator.state_sizes(self.values | sizes)
 
-        tensors = {}
-        for name, letters in self.operator.arguments.items():
+        operator, tensors = self.operator.of(self.values), {}
+        for name, letters in operator.arguments.items():
             if self.values.get(name) is False:
                 continue
             shape = [sizes[letter] for letter in letters.split()]
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
-            value = self.operator.draw.get(name, lambda t: t)(value)
-            is_data = name in self.operator.data or self["parameter_dtype"] == "same"
+            value = operator.draw[name](value, self.values) if name in operator.draw else value
+            is_data = name in operator.data or self["parameter_dtype"] == "same"
             dtype = self["dtype"] if is_data else self["parameter_dtype"]
             tensors[name] = _lay_out(value.to(device, dtype), self["layout"])
-        return Inputs(self.operator, tensors, options, sizes)
+        return Inputs(operator, tensors, options, sizes)
 
 
 @dataclass
@@ -167,11 +186,16 @@ class Inputs:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.tensors[self.operator.data[0]].dtype
+        return self.tensors[self.data[0]].dtype
 
     @property
     def accumulator(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def data(self) -> list[str]:
+        """Tensors with one value for every token."""
+        return [name for name in self.operator.data if name in self.tensors]
 
     def outputs(self, function: Callable | None = None, **tensors: Tensor) -> dict[str, Tensor]:
         """Calls the operator, or another function of the same signature, and names what it returns."""
@@ -207,17 +231,14 @@ class Inputs:
     def step(self, t: int, state: Tensor, function: Callable | None = None, **options: Any) -> Tensor:
         """Token t of this call through the step function, which moves `state` on."""
         tensors = {name: tensor for name, tensor in self.tensors.items() if name != "initial_state"}
-        for name in self.operator.data:
+        for name in self.data:
             tensors[name] = tensors[name].select(self.operator.axis(name, "L"), t)
         options = {name: self.options[name] for name in self.operator.step_options} | options
         return (function or self.operator.step)(**tensors, **{self.operator.step_state: state}, **options)
 
     def tokens(self, begin: int, end: int) -> Inputs:
         """The same call on a part of the time."""
-        cut = {
-            name: self.tensors[name].narrow(self.operator.axis(name, "L"), begin, end - begin)
-            for name in self.operator.data
-        }
+        cut = {name: self.tensors[name].narrow(self.operator.axis(name, "L"), begin, end - begin) for name in self.data}
         return replace(self.but(cut), sizes=self.sizes | {"L": end - begin})
 
     def rows(self, letter: str, index: slice) -> Inputs:
@@ -288,10 +309,11 @@ def _lay_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-def _conv_workspace_bytes(sizes: dict[str, int], accumulator: torch.dtype) -> int:
+def _conv_workspace_bytes(inputs: Inputs) -> int:
     """Partial sums of the weight and bias gradients, one for each 4096 tokens of a row (csrc/causal_conv1d/tile.h)."""
+    sizes = inputs.sizes
     chunks = -(-sizes["L"] // 4096)
-    return sizes["B"] * chunks * (sizes["W"] + 1) * sizes["D"] * accumulator.itemsize + 8
+    return sizes["B"] * chunks * (sizes["W"] + 1) * sizes["D"] * inputs.accumulator.itemsize + 8
 
 
 CAUSAL_CONV1D = Operator(
@@ -333,4 +355,173 @@ CAUSAL_CONV1D = Operator(
     workspace_bytes=_conv_workspace_bytes,
 )
 
-OPERATORS = (CAUSAL_CONV1D,)
+
+def _with_pairs(function: Callable) -> Callable:
+    """`selective_scan`, or its reference, as the table calls it: complex tensors as pairs in a last dimension of 2."""
+
+    def call(u, delta, A, B, C, *, return_final_state, initial_state=None, **others):
+        is_complex = _has_pairs(A)
+        if is_complex:
+            A, initial_state = _complex(A), None if initial_state is None else _complex(initial_state)
+            B, C = (_complex_or_interleaved(t) for t in (B, C))
+        options = {"initial_state": initial_state, "return_last_state": return_final_state, **others}
+        result = function(u, delta, A, B, C, **options)
+        if is_complex and return_final_state:
+            return result[0], torch.view_as_real(result[1])
+        return result
+
+    return call
+
+
+def _step_with_pairs(function: Callable) -> Callable:
+    """`selective_scan_step`, or its reference, likewise, and with B and C that may be constant."""
+
+    def call(state, u, delta, A, B, C, **others):
+        is_complex = _has_pairs(A)
+        if is_complex:
+            A, B, C = _complex(A), _complex(B), _complex(C)
+        if A.shape == B.shape:
+            B = B.expand(u.shape[0], *B.shape)
+        if A.shape == C.shape:
+            C = C.expand(u.shape[0], *C.shape)
+        if not is_complex:
+            return function(state, u, delta, A, B, C, **others)
+        complex_state = _complex(state)
+        y = function(complex_state, u, delta, A, B, C, **others)
+        state.copy_(torch.view_as_real(complex_state))
+        return y
+
+    return call
+
+
+def _has_pairs(A: Tensor) -> bool:
+    return A.dim() == 3 and A.shape[-1] == 2
+
+
+def _complex(pairs: Tensor) -> Tensor:
+    dtype = torch.float64 if pairs.dtype == torch.float64 else torch.float32
+    return torch.complex(*pairs.to(dtype).unbind(-1))
+
+
+def _complex_or_interleaved(pairs: Tensor) -> Tensor:
+    """Half precision has no complex numbers: what varies in time is then passed in turn, real and imaginary."""
+    variable = pairs.dim() > 3
+    return pairs.flatten(-2) if variable and pairs.dtype.itemsize == 2 else _complex(pairs)
+
+
+def _scan_shapes(values: dict[str, Any]) -> dict[str, str]:
+    kinds = {"grouped": "B G S L", "shared": "B S L", "constant": "D S"}
+    shapes = {name: kinds[values[name]] for name in "BC"}
+    if not values["complex"]:
+        return shapes
+    # With complex A every variable projection has groups: (B, N, 2L) and complex (B, N, L) are in test_selective_scan.
+    shapes = {name: "B G S L" if kind == "B S L" else kind for name, kind in shapes.items()}
+    states = {"A": "D S", "initial_state": "N D S", "final_state": "N D S"}
+    return {name: f"{letters} P" for name, letters in (shapes | states).items()}
+
+
+def _scan_kept_bytes(inputs: Inputs) -> int:
+    """The states at every 32nd token (csrc/selective_scan/params.h)."""
+    sizes = inputs.sizes
+    return sizes["B"] * -(-sizes["L"] // 32) * sizes["S"] * sizes["D"] * inputs.accumulator.itemsize
+
+
+def _scan_workspace_bytes(inputs: Inputs) -> int:
+    """Gradients of variable B and C by blocks of 64 channels, of parameters by sequences (csrc/.../cpu_plan.h)."""
+    B, D, L, S, G, N = (inputs.sizes[letter] for letter in "BDLSGN")
+    runs = N
+    if inputs.options.get("seq_idx") is not None:  # runs of padding count
+        ids = inputs.options["seq_idx"].clamp(min=-1)
+        runs = B + int((ids[:, 1:] != ids[:, :-1]).sum()) + int((ids < 0).all(1).sum())
+    blocks, slabs = G * -(-D // G // 64), min(32, runs)
+    return (2 * blocks * B * L * S + slabs * (S + 2) * D) * inputs.accumulator.itemsize + 8
+
+
+def _draw_A(variates: Tensor, values: dict[str, Any]) -> Tensor:
+    """Decays, or next to nothing with either sign: states that last, and grow. The imaginary part is a frequency, with
+    2 exp - 1 a low one: at high ones that decay is larger than 1."""
+    real = variates[..., :1] if values["complex"] else variates
+    real = 0.01 * real if values["growth"] else -0.1 - real.abs()
+    frequency = variates[..., 1:] * (0.1 if values["transition"] == "two_exp_minus_one" else 1)
+    return torch.cat([real, frequency], dim=-1) if values["complex"] else real
+
+
+def _draw_delta(variates: Tensor, values: dict[str, Any]) -> Tensor:
+    return variates - 1 if values["delta_softplus"] else 0.3 * variates.abs()
+
+
+SELECTIVE_SCAN = Operator(
+    name="selective_scan",
+    function=_with_pairs(ops.selective_scan.selective_scan),
+    step=_step_with_pairs(ops.selective_scan.selective_scan_step),
+    reference=_with_pairs(ops.selective_scan.reference),
+    reference_step=_step_with_pairs(ops.selective_scan.reference_step),
+    # S is the size of a state here, N the rows of states, and P the two parts of a complex number.
+    arguments={
+        "u": "B D L",
+        "delta": "B D L",
+        "A": "D S",
+        "B": "B G S L",
+        "C": "B G S L",
+        "D": "D",
+        "z": "B D L",
+        "delta_bias": "D",
+        "initial_state": "N D S",
+    },
+    outputs={"y": "B D L", "final_state": "N D S"},
+    step_state="state",
+    step_options=("delta_softplus", "transition"),
+    autocast=(),
+    factors=COMMON
+    | {
+        "shape": (
+            (2, 3, 17),
+            (2, 4, 1),
+            (1, 5, 2),
+            (3, 2, 3),
+            (2, 16, 127),
+            (1, 33, 129),  # tokens of one more than four chunks
+            (1, 6, 1000),
+            (1, 1, 31),
+            (3, 20, 32),
+            (2, 8, 33),
+            (0, 3, 5),
+            (2, 0, 5),
+            (2, 3, 0),
+        ),
+        "S": (16, 1, 3, 5, 20, 64),
+        "B": ("grouped", "shared", "constant"),
+        "C": ("grouped", "shared", "constant"),
+        "groups": (1, 2),
+        "D": (False, True),
+        "z": (False, True),
+        "delta_bias": (False, True),
+        "delta_softplus": (False, True),
+        "transition": ("exp", "two_exp_minus_one"),
+        "complex": (False, True),
+        "growth": (False, True),
+    },
+    shape="B D L",
+    small_shapes=((2, 3, 17), (1, 6, 2), (3, 2, 33), (2, 10, 8), (0, 3, 5), (2, 3, 0)),
+    tiny={
+        "shape": ((1, 2, 3), (2, 2, 2)),
+        "S": (2, 1),
+        "B": ("grouped", "constant"),
+        "C": ("grouped", "constant"),
+    },
+    options=lambda values: {"delta_softplus": values["delta_softplus"], "transition": values["transition"]},
+    variants=_scan_shapes,
+    state_sizes=lambda sizes: {"G": math.gcd(sizes["D"], sizes["groups"]), "P": 2},
+    workspace_bytes=_scan_workspace_bytes,
+    kept_bytes=_scan_kept_bytes,
+    draw={
+        "A": _draw_A,
+        "B": lambda t, values: t / 2,
+        "C": lambda t, values: t / 2,
+        "delta": _draw_delta,
+        "delta_bias": lambda t, values: 0.1 * t.abs(),
+    },
+    lean={"S": 1},
+)
+
+OPERATORS = (CAUSAL_CONV1D, SELECTIVE_SCAN)

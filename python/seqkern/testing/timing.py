@@ -11,6 +11,9 @@ import torch
 
 # A warm sample lasts at least this long, so that the clock's own cost and resolution vanish in it.
 _MIN_SAMPLE_US = 200.0
+# A call slower than this is not called a second time before it is sampled.
+_SLOW_US = 100e3
+_MIN_TURNS = 3
 # More than the last-level cache of any present processor or GPU.
 _FLUSH_BYTES = 512 * 2**20
 
@@ -41,7 +44,12 @@ class Timing:
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], *, rounds: int = 15, cold: bool = False, device: str = "cpu"
+    calls: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 15,
+    cold: bool = False,
+    device: str = "cpu",
+    limit_s: float = float("inf"),
 ) -> dict[str, Timing]:
     """Times every call once per round, in turn, after one round that is not counted.
 
@@ -51,6 +59,8 @@ def interleaved(
         cold: empty the caches before every sample, which is then one single call. Otherwise a sample repeats the call
             for at least 0.2 ms and is the mean.
         device: "cpu", or "cuda" to time with events on the current stream.
+        limit_s: how long the samples of one call may take together. A slow call takes part in the first rounds only,
+            in three at least; sample i of every call is of round i.
 
     Example:
         >>> import torch
@@ -61,14 +71,20 @@ def interleaved(
         True
     """
     sample = _cuda_sample_us if torch.device(device).type == "cuda" else _cpu_sample_us
-    repeats = {}
+    repeats, turns = {}, {}
     for name, call in calls.items():
-        call()
-        repeats[name] = 1 if cold else max(1, round(_MIN_SAMPLE_US / max(sample(call, 1), 0.1)))
+        us = sample(call, 1)
+        if us < _SLOW_US:  # the first call may have had to set something up
+            us = sample(call, 1)
+        repeats[name] = 1 if cold else max(1, round(_MIN_SAMPLE_US / max(us, 0.1)))
+        affordable = limit_s * 1e6 / max(us * repeats[name], 0.1)
+        turns[name] = rounds if affordable > rounds else max(_MIN_TURNS, int(affordable))
     flush = torch.zeros(_FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for turn in range(rounds):
         for name, call in calls.items():
+            if turn >= turns[name]:
+                continue
             if flush is not None:
                 flush.add_(1)
             samples[name].append(sample(call, repeats[name]))
