@@ -6,8 +6,8 @@ import contextlib
 import copy
 from collections.abc import Callable
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -16,22 +16,49 @@ from torch import Tensor
 import seqkern.nn
 from seqkern.testing import interleaved
 
+CALLERS = [seqkern.nn.conv, seqkern.nn.mamba]  # modules that call operators
 
-def plain_causal_conv1d(x, weight, bias, activation, *, dilation, initial_state=None, return_final_state=False):
+# ---- what one would write without seqkern, for the arguments that those layers give here
+
+
+def plain_causal_conv1d(x, weight, bias, activation, *, dilation=1, **absent):
     padded = F.pad(x, ((weight.shape[1] - 1) * dilation, 0))
     return F.silu(F.conv1d(padded, weight[:, None], bias, dilation=dilation, groups=len(weight)))
 
 
-def plain_causal_conv1d_step(x, conv_state, weight, bias, activation, *, dilation):
+def plain_causal_conv1d_step(x, conv_state, weight, bias, activation, *, dilation=1):
     history = torch.cat([conv_state, x[..., None]], dim=2)
     conv_state.copy_(history[..., 1:])
     return F.silu((history[..., ::dilation] * weight).sum(-1) + bias).to(x.dtype)
 
 
+def plain_selective_scan(u, delta, A, B, C, D, z, delta_bias, *flags, **absent):
+    h, outputs = A.new_zeros(len(u), *A.shape), []
+    for u_t, delta_t, B_t, C_t, z_t in zip(*(x.unbind(2) for x in (u, delta, B, C, z)), strict=True):
+        h, y_t = plain_token(h, u_t, delta_t, A, B_t, C_t, D, z_t, delta_bias)
+        outputs.append(y_t)
+    return torch.stack(outputs, dim=2)
+
+
+def plain_selective_scan_step(state, u, delta, A, B, C, D, z, delta_bias, *flags, **absent):
+    h, y = plain_token(state, u, delta, A, B, C, D, z, delta_bias)
+    state.copy_(h)
+    return y
+
+
+def plain_token(h, u, delta, A, B, C, D, z, delta_bias):
+    delta = F.softplus(delta + delta_bias)
+    h = torch.exp(delta[..., None] * A) * h + (delta * u)[..., None] * B[:, None]
+    y = (h @ C[..., None].to(h.dtype)).squeeze(-1) + D * u
+    return h, (y * F.silu(z)).to(u.dtype)
+
+
+# ---- recording and timing
+
+
 class Operator(NamedTuple):
-    module: ModuleType  # the module that calls it
-    name: str  # its name there
-    plain: Callable  # what one would write without seqkern
+    name: str
+    plain: Callable
     passes: dict[str, Callable]  # what to time, by title: (call, function) -> results
 
 
@@ -54,15 +81,17 @@ class Call:
 
 TRAINING = {"forward": Call.forward, "forward + backward": Call.forward_backward}
 OPERATORS = [
-    Operator(seqkern.nn.conv, "causal_conv1d", plain_causal_conv1d, TRAINING),
-    Operator(seqkern.nn.conv, "causal_conv1d_step", plain_causal_conv1d_step, {"step": Call.forward}),
+    Operator("causal_conv1d", plain_causal_conv1d, TRAINING),
+    Operator("causal_conv1d_step", plain_causal_conv1d_step, {"step": Call.forward}),
+    Operator("selective_scan", plain_selective_scan, TRAINING),
+    Operator("selective_scan_step", plain_selective_scan_step, {"step": Call.forward}),
 ]
 
 
 @contextlib.contextmanager
 def recorded(operator: Operator):
     """The list of the operator's calls within the block."""
-    calls, function = [], getattr(operator.module, operator.name)
+    calls, function = [], getattr(seqkern, operator.name)
 
     def record(*args, **options):
         calls.append(call := Call(args, options))
@@ -71,11 +100,11 @@ def recorded(operator: Operator):
             y.register_hook(lambda dy: setattr(call, "dy", dy))
         return y
 
-    setattr(operator.module, operator.name, record)
-    try:
+    with contextlib.ExitStack() as patches:
+        for module in CALLERS:
+            if hasattr(module, operator.name):
+                patches.enter_context(mock.patch.object(module, operator.name, record))
         yield calls
-    finally:
-        setattr(operator.module, operator.name, function)
 
 
 def run_all(run: Callable, function: Callable, calls: list[Call]) -> list[Tensor]:
@@ -88,13 +117,13 @@ def print_table(step: Callable[[], object], device: str) -> None:
     for operator in OPERATORS:
         with recorded(operator) as calls:
             step()
-        functions = {"seqkern": getattr(operator.module, operator.name), "PyTorch": operator.plain}
+        functions = {"seqkern": getattr(seqkern, operator.name), "PyTorch": operator.plain}
         for title, run in operator.passes.items() if calls else ():
             # Copies, because a step changes the state it is given.
             results = [run_all(run, function, copy.deepcopy(calls)) for function in functions.values()]
             difference = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
             timed = {name: partial(run_all, run, function, calls) for name, function in functions.items()}
-            times = interleaved(timed, rounds=9, device=device)
+            times = interleaved(timed, rounds=5, device=device)
             ours, plain = (times[name].median_us / 1000 for name in functions)
             row = f"{operator.name:<20}{title:<20}{len(calls):>5}{ours:>12.3f}{plain:>12.3f}{plain / ours:>7.1f}x"
             print(f"{row}{difference:>12.1e}", flush=True)

@@ -13,7 +13,6 @@ import argparse
 import math
 import sys
 import sysconfig
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +25,16 @@ bootstrap.ensure()  # the first time: installs torch if there is none, and build
 import operator_table  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from progress import Progress  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import seqkern.nn  # noqa: E402
 
+State = Tensor | tuple[Tensor, ...]  # of one layer
 # What mixes tokens over time, by the name that --mixer takes: (size of a token, number of the layer) -> module with
 # forward(x), step(x, state) and zero_state(batch_size), such as seqkern.nn's.
 MIXERS = {
+    "mamba": lambda dim, layer: seqkern.nn.Mamba(dim),
     "conv": lambda dim, layer: seqkern.nn.GatedConv(dim, 2 * dim, width=4, dilation=2**layer),
 }
 
@@ -69,13 +71,13 @@ class Block(nn.Module):
         x = x + self.mixer(self.norm(x))
         return x + self.mlp(x)
 
-    def step(self, x: Tensor, state: Tensor) -> Tensor:  # (B, dim); the state is updated in place
+    def step(self, x: Tensor, state: State) -> Tensor:  # (B, dim); the state is updated in place
         x = x + self.mixer.step(self.norm(x), state)
         return x + self.mlp(x)
 
 
 class CharModel(nn.Module):
-    def __init__(self, mixer: str, dim: int = 160, depth: int = 6):
+    def __init__(self, mixer: str, dim: int = 160, depth: int = 5):
         super().__init__()
         self.embedding = nn.Embedding(256, dim)
         self.blocks = nn.ModuleList(Block(dim, MIXERS[mixer](dim, layer)) for layer in range(depth))
@@ -87,10 +89,10 @@ class CharModel(nn.Module):
             x = block(x)
         return self.head(self.norm(x))
 
-    def zero_states(self, batch_size: int) -> list[Tensor]:
+    def zero_states(self, batch_size: int) -> list[State]:
         return [block.mixer.zero_state(batch_size) for block in self.blocks]
 
-    def step(self, tokens: Tensor, states: list[Tensor]) -> Tensor:  # (B,) -> logits (B, 256)
+    def step(self, tokens: Tensor, states: list[State]) -> Tensor:  # (B,) -> logits (B, 256)
         x = self.embedding(tokens)
         for block, state in zip(self.blocks, states, strict=True):
             x = block.step(x, state)
@@ -111,7 +113,7 @@ def train(
     """Returns the last batch."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=options.steps))
-    progress = Progress(options.steps, options.batch * options.length)
+    progress = Progress(options.steps, options.batch * options.length, "byte")
     for _ in range(options.steps):
         starts = torch.randint(len(text) - options.length, (options.batch,), generator=generator)
         batch = windows(text, starts, options.length, options.device)
@@ -140,28 +142,6 @@ def evaluate(model: nn.Module, text: Tensor, options: argparse.Namespace) -> flo
     return float(sum(losses)) / len(starts)
 
 
-class Progress:
-    """A bar that redraws itself in a terminal; elsewhere a line for every tenth of the way."""
-
-    def __init__(self, steps: int, tokens_per_step: int):
-        self.steps, self.tokens_per_step = steps, tokens_per_step
-        self.step, self.loss, self.begin = 0, None, time.perf_counter()
-
-    def advance(self, loss: float) -> None:
-        self.step += 1
-        self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss  # a running mean
-        seconds = time.perf_counter() - self.begin
-        bar = "#" * (30 * self.step // self.steps)
-        line = (
-            f"[{bar:<30}] {self.step}/{self.steps}  loss {self.loss:.3f} nats/byte  "
-            f"{self.tokens_per_step * self.step / seconds:,.0f} tokens/s  {seconds:.0f} s"
-        )
-        if sys.stdout.isatty():
-            print(f"\r{line}", end="\n" if self.step == self.steps else "", flush=True)
-        elif self.step in {1, self.steps} or self.step * 10 // self.steps > (self.step - 1) * 10 // self.steps:
-            print(line, flush=True)
-
-
 # ---- generation, one token at a time
 
 
@@ -185,7 +165,7 @@ def generate(model: CharModel, prompt: bytes, length: int, generator: torch.Gene
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mixer", choices=MIXERS, default="conv")
+    parser.add_argument("--mixer", choices=MIXERS, default="mamba")
     parser.add_argument("--text", metavar="FILE", help="default: the source of Python's standard library")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=16)

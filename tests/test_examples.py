@@ -1,5 +1,6 @@
 """The examples run to their end, on a small text and for a few steps, and say what they promise."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -50,8 +51,14 @@ def sample_of(output):
     return re.search(r"^--- written one token at a time\n(.*)\n---$", output, re.MULTILINE | re.DOTALL)[1]
 
 
+def rows_of(output):
+    """The operator table: (operator, pass, calls, seqkern ms, PyTorch ms, difference)."""
+    row = r"^(causal_conv1d\S*|selective_scan\S*) +(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +[\d.]+x +(\S+)$"
+    return re.findall(row, output, re.MULTILINE)
+
+
 def test_train_text(output):
-    first, last = (float(x) for x in re.findall(r"loss ([\d.]+) nats/byte .* tokens/s", output)[::2])
+    first, last = (float(x) for x in re.findall(r"loss ([\d.]+) nats/byte .* bytes/s", output)[::2])
     assert last < first
     assert re.search(r"^validation loss [\d.]+ nats/byte", output, re.MULTILINE)
 
@@ -61,11 +68,11 @@ def test_train_text(output):
     logits = re.search(r"step by step against at once: (\S+)", output)
     assert float(logits[1]) < 1e-4
 
-    rows = re.findall(r"^(causal_conv1d\S*) +(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +[\d.]+x +(\S+)$", output, re.MULTILINE)
+    rows = rows_of(output)
     assert [(row[0], row[1]) for row in rows] == [
-        ("causal_conv1d", "forward"),
-        ("causal_conv1d", "forward + backward"),
-        ("causal_conv1d_step", "step"),
+        (name, title)
+        for operator in ("causal_conv1d", "selective_scan")
+        for name, title in [(operator, "forward"), (operator, "forward + backward"), (f"{operator}_step", "step")]
     ]
     for *_, calls, ours_ms, plain_ms, difference in rows:
         assert int(calls) > 0 and float(ours_ms) > 0 and float(plain_ms) > 0 and float(difference) < 1e-4
@@ -78,10 +85,32 @@ def test_train_text_repeats_with_a_seed(train_text, output):
 
 
 def test_train_text_in_bfloat16(train_text):
-    assert "causal_conv1d_step" in train_text("--dtype", "bfloat16")
+    assert len(rows_of(train_text("--dtype", "bfloat16"))) == 6
+
+
+def test_train_text_with_a_convolution(train_text):
+    output = train_text("--mixer", "conv")
+    assert float(re.search(r"step by step against at once: (\S+)", output)[1]) < 1e-4
+    assert len(rows_of(output)) == 3
 
 
 def test_train_text_refuses_a_text_that_is_too_short(tmp_path):
     (tmp_path / "text.txt").write_text("too short")
     with pytest.raises(AssertionError, match=r"train_text: text\.txt has 9 bytes"):
         run("train_text.py", "--text", "text.txt", cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory):
+    """parity.py as it is: its accuracies in percent, (decays between -1 and 1, between 0 and 1), by length."""
+    folder = tmp_path_factory.mktemp("parity")
+    output = run("parity.py", cwd=folder)
+    assert (folder / "parity.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+    rows = re.findall(r"^ *(\d+) bits +([\d.]+) % +([\d.]+) %", output, re.MULTILINE)
+    return {int(length): (float(signed), float(positive)) for length, signed, positive in rows}
+
+
+def test_parity_needs_negative_decays(parity):
+    assert list(parity) == [20, 40, 80, 160]
+    signed, positive = parity[80]  # twice the length of the training
+    assert signed >= 99 and positive <= 60
