@@ -206,7 +206,8 @@ seqkern.compat.uninstall()
 import sys
 print(any("causal_conv1d" == name.partition(".")[0] for name in sys.modules))
 """
-    assert python(code) == ["causal_conv1d", "0", "True", "causal_conv1d", "1.7.0", "False"]
+    placed = ["causal_conv1d", "mamba_ssm", "selective_scan_cuda"]
+    assert python(code) == [*placed, "0", "True", "causal_conv1d", "1.7.0", "False"]
 
 
 def test_an_installed_package_is_left_alone(tmp_path):
@@ -215,7 +216,7 @@ def test_an_installed_package_is_left_alone(tmp_path):
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import seqkern.compat
-print(len(seqkern.compat.install()))
+print("causal_conv1d" in seqkern.compat.install())
 import causal_conv1d
 print(causal_conv1d.real)
 with seqkern.compat.installed(force=True):
@@ -224,4 +225,4 @@ with seqkern.compat.installed(force=True):
 import causal_conv1d
 print(causal_conv1d.real)
 """
-    assert python(code) == ["0", "True", "False", "True"]
+    assert python(code) == ["False", "True", "False", "True"]

@@ -4,7 +4,8 @@
     seqkern.compat.install()
     from causal_conv1d import causal_conv1d_fn      # seqkern's
 
-One module per package, named like it. Call `install` before whatever imports the package.
+One module per package, named like it. Call `install` before whatever imports the package. Of transformers that is the
+model's own module: its Mamba models look for mamba_ssm and causal_conv1d when it is imported, and on every device.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import causal_conv1d
+from . import causal_conv1d, mamba_ssm, selective_scan_cuda
 
 __all__ = ["install", "installed", "uninstall"]
 
-_PACKAGES = (causal_conv1d,)
+_PACKAGES = (causal_conv1d, mamba_ssm, selective_scan_cuda)
 _displaced: dict[str, ModuleType | None] = {}  # what stood in sys.modules under each name that `install` took
 
 
@@ -42,16 +43,18 @@ def install(force: bool = False) -> list[str]:
         if package in _displaced or (not force and importlib.util.find_spec(package) is not None):
             continue
         for name, contents in source.MODULES.items():
+            parent, _, child = name.rpartition(".")
+            is_package = any(other.startswith(f"{name}.") for other in source.MODULES)
             module = ModuleType(name, f"{source.__name__} in place of {name}.")
-            module.__spec__ = ModuleSpec(name, loader=None, is_package=name == package)
+            module.__spec__ = ModuleSpec(name, loader=None, is_package=is_package)
             module.__version__ = source.VERSION
             module.__dict__.update({item: getattr(source, item) for item in contents})
             _displaced[name] = sys.modules.get(name)
             sys.modules[name] = module
-            if name == package:
+            if is_package:
                 module.__path__ = []
-            else:
-                setattr(sys.modules[package], name.rpartition(".")[2], module)
+            if parent:
+                setattr(sys.modules[parent], child, module)
         placed.append(package)
     return placed
 
