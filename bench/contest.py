@@ -17,6 +17,10 @@ OURS = "seqkern"
 COPY = "copy"
 EMPTY = "empty operator"
 
+SAMPLES_S = 2.0  # for the warm samples of one contestant, three of them at least
+# Of the largest value. A competitor that is further off computes something else.
+LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
 
 @dataclasses.dataclass
 class Result:
@@ -28,7 +32,7 @@ class Result:
     absent: dict[str, str]  # competitors that did not take part, and why
     times: dict[str, dict[str, Timing]]
     floor_us: float
-    floor_of: str  # "bytes" or "flops"
+    floor_of: str  # "bytes", "flops" or "exps"
     empty_us: float | None  # of the empty operator, in rows of one step
     others_share: float  # of the machine, used by other programs while this was timed
 
@@ -57,14 +61,11 @@ class Contest:
     def invite(self, peer: Peer) -> None:
         """Prepares a competitor, or notes why it is absent."""
         try:
-            function = peer.load()
-            self.call(function)()
+            self.functions[peer.name] = peer.load()
         except Missing as missing:
             self.absent[peer.name] = str(missing)
         except Exception as error:  # someone else's code: its failure is a result
-            self.absent[peer.name] = f"fails: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        else:
-            self.functions[peer.name] = function
+            self.absent[peer.name] = _failure(error)
 
     def call(self, function: Callable, inputs: dict | None = None) -> Callable:
         """The row's call of `function` without arguments; it returns the outputs, then the gradients.
@@ -76,11 +77,13 @@ class Contest:
             return functools.partial(function, **inputs)
         inputs = inputs | {name: inputs[name].detach().requires_grad_() for name in self.row.gradients}
         leaves = [inputs[name] for name in self.row.gradients]
-        cotangents = [_noise_like(output) for output in _tuple(function(**inputs))]
+        cotangents = []
 
         def both():
             with torch.enable_grad():
                 outputs = _tuple(function(**inputs))
+            if not cotangents:
+                cotangents.extend(map(_noise_like, outputs))
             return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
 
         return both
@@ -91,21 +94,33 @@ class Contest:
             name: value.detach().clone() if name in self.row.updates else value for name, value in self.inputs.items()
         }
         if dtype is not None:
-            inputs = {name: value.to(dtype) if _is_data(value) else value for name, value in inputs.items()}
+            inputs = {name: _cast(value, dtype) for name, value in inputs.items()}
         results = _tuple(self.call(function, inputs)())
         named = {f"output {i}": tensor.detach() for i, tensor in enumerate(results)}
-        return named | {name: inputs[name] for name in self.row.updates}
+        named |= {name: inputs[name] for name in self.row.updates}
+        return {name: torch.view_as_real(t) if t.is_complex() else t for name, t in named.items()}
 
     def check(self) -> tuple[list, dict[str, float]]:
-        """seqkern against the float64 reference, and everyone's error."""
+        """seqkern against the float64 reference, and everyone's error. A competitor that fails or is far off goes."""
         truth = self.results(self.row.reference, torch.float64)
         own = self.results(self.row.function)
         plain = self.results(self.row.reference, torch.promote_types(self.row.dtype, torch.float32))
         plain = {name: tensor.to(own[name].dtype) for name, tensor in plain.items()}
         checked = compare(own, truth, plain)
-        errors = {}
+        errors = {OURS: _largest_error(own, truth)}
         for name, function in self.functions.items():
-            errors[name] = _largest_error(own if name == OURS else self.results(function), truth)
+            if name == OURS:
+                continue
+            try:
+                error = _largest_error(self.results(function), truth)
+            except Exception as failure:
+                self.absent[name] = _failure(failure)
+                continue
+            if error <= LARGEST_ERROR[self.row.dtype]:
+                errors[name] = error
+            else:
+                self.absent[name] = f"WRONG: its largest error is {error:.0e} of the largest value"
+        self.functions = {name: self.functions[name] for name in errors}
         return checked, errors
 
     def run(self, ceilings: dict, checked: list, errors: dict[str, float]) -> Result:
@@ -116,25 +131,28 @@ class Contest:
             calls = {name: self.call(function) for name, function in self.functions.items()}
             calls[COPY] = roofline.copy(row.bytes, device)
             if row.kind == "step":
-                calls[EMPTY] = functools.partial(empty_operator, self.inputs["x"])
-            warm, others_share = take_turns(calls, rounds=rounds)
+                calls[EMPTY] = functools.partial(empty_operator, next(filter(torch.is_tensor, self.inputs.values())))
+            warm, others_share = take_turns(calls, rounds=rounds, limit_s=SAMPLES_S)
             times = {name: {"warm": timing} for name, timing in warm.items()}
             compared = {name: call for name, call in calls.items() if name in (OURS, COPY, "torch")}
-            cold, _ = take_turns(compared, rounds=cold_rounds, cold=True)
+            cold, _ = take_turns(compared, rounds=cold_rounds, cold=True, limit_s=SAMPLES_S / 4)
             for name, timing in cold.items():
                 times[name]["cold"] = timing
             if device == "cpu" and row.kind != "step":
                 fresh = {name: fresh_pages(calls[name]) for name in (OURS, "torch") if name in calls}
                 if all(fresh.values()):
-                    for name, timing in take_turns(fresh, rounds=cold_rounds)[0].items():
+                    again, _ = take_turns(fresh, rounds=cold_rounds, limit_s=SAMPLES_S / 4)
+                    for name, timing in again.items():
                         times[name]["fresh"] = timing
         if device == "cuda":
-            graphs, _ = take_turns(_captured({name: calls[name] for name in calls if name != EMPTY}), rounds=rounds)
+            graphs = _captured({name: calls[name] for name in calls if name != EMPTY})
+            graphs, _ = take_turns(graphs, rounds=rounds, limit_s=SAMPLES_S)
             for name, timing in graphs.items():
                 times[name]["graph"] = timing
 
         copy_us = times[COPY].get("graph", warm[COPY]).median_us
-        floors = {"bytes": copy_us, "flops": row.flops / ceilings["float32"] / 1e3}
+        flops = {"flops": row.flops, "exps": row.exps * roofline.EXP_FLOPS[device]}
+        floors = {"bytes": copy_us} | {name: count / ceilings["float32"] / 1e3 for name, count in flops.items()}
         floor_of = max(floors, key=floors.get)
         return Result(
             row=row,
@@ -162,8 +180,16 @@ def _tuple(outputs) -> tuple:
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _is_data(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
+def _failure(error: Exception) -> str:
+    message = " ".join(str(error).split())
+    return f"fails: {type(error).__name__}: {message[:120]}"
+
+
+def _cast(value, dtype: torch.dtype):
+    """Floating-point tensors in `dtype`, complex ones in its complex form."""
+    if not torch.is_tensor(value) or not (value.is_floating_point() or value.is_complex()):
+        return value
+    return value.to(dtype.to_complex() if value.is_complex() else dtype)
 
 
 def _noise_like(tensor: torch.Tensor) -> torch.Tensor:

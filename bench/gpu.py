@@ -1,8 +1,9 @@
-"""One command for a machine with a GPU and without a network: install or build, the risk list, all GPU tests,
-compute-sanitizer, benchmarks, ncu. Everything is bounded: eight minutes in all, whatever hangs.
+"""One command for a machine with a GPU and without a network: install or build, the risk list, all GPU tests, other
+packages' kernels, benchmarks, compute-sanitizer, ncu. Everything is bounded: eight minutes in all, whatever hangs.
 
     python3 bench/gpu.py --out DIR                     builds this source tree offline
     python3 bench/gpu.py --out DIR --wheel FILE.whl    uses a prebuilt wheel
+    python3 bench/gpu.py --out DIR --peer-sdist F.tar.gz     builds this package's CUDA kernels to compare with
     python3 bench/gpu.py --dry-run                     the same stages on the CPU, under a minute
 
 DIR then holds gpu.json (stages and risks), gpu.log (all output), ncu.csv and <device>/<op>.json of the benchmarks.
@@ -55,6 +56,7 @@ class Visit:
 
     def __init__(self, arguments: argparse.Namespace):
         self.wheel = arguments.wheel
+        self.peer_sdists = arguments.peer_sdist
         self.dry_run = arguments.dry_run
         self.device = "cpu" if arguments.dry_run else "cuda"
         self.out = arguments.out
@@ -142,6 +144,23 @@ def tests(visit: Visit) -> str:
     return _last_line(output).strip("= ")
 
 
+def peers(visit: Visit) -> str:
+    """Others' CUDA kernels from source distributions: where they stay unbuilt, the benchmarks go on without them."""
+    if not visit.peer_sdists:
+        return "no --peer-sdist: those that are installed take part"
+    folder = visit.out / "peers"
+    options = ["--unpack-only"] if visit.dry_run else []
+    try:
+        output = visit.python(HERE / "build_peers.py", *options, folder, *visit.peer_sdists)
+    except (Failed, subprocess.TimeoutExpired) as failure:
+        reason = failure.args[0] if isinstance(failure, Failed) else "the time was up"
+        raise Unavailable(f"not built: {reason}") from failure
+    finally:
+        visit.peer_sdists = [path for path in folder.glob("*") if path.is_dir()]
+        visit.environment["PYTHONPATH"] = os.pathsep.join([str(folder), visit.environment.get("PYTHONPATH", "")])
+    return _last_line(output)
+
+
 def sanitizers(visit: Visit) -> str:
     return "; ".join(_sanitizer(visit, tool) for tool in ("memcheck", "racecheck"))
 
@@ -182,15 +201,17 @@ def benchmarks(visit: Visit) -> str:
     budget = 0.8 * (visit.stage_deadline - time.monotonic())
     arguments = ["--as-installed", "--no-compile", "--device", visit.device, "--out", visit.out]
     arguments += ["--budget", f"{budget:.0f}"]
+    for sdist in visit.peer_sdists:
+        arguments += ["--peer-sdist", sdist]
     if visit.dry_run:
-        arguments += ["--quick", "--filter", r"step \(8, 1536\) float32"]
+        arguments += ["--quick", "--filter", r"step \(8, 1536[^)]*\) float32"]
     output = visit.python(HERE / "run.py", *arguments)
     return ", ".join(re.findall(r"^wrote (.*\.json)$", output, re.MULTILINE))
 
 
 def profile(visit: Visit) -> str:
     options = ["--clock-control", "none", "--kernel-name-base", "mangled", "--kernel-name", f"regex:{OUR_KERNELS}"]
-    options += ["--launch-count", "6", "--csv", "--log-file", str(visit.out / "ncu.csv")]
+    options += ["--launch-count", "16", "--csv", "--log-file", str(visit.out / "ncu.csv")]
     for section in ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy"):
         options += ["--section", section]
     target = [sys.executable, str(HERE / "gpu_small.py"), "--device", visit.device, "--largest"]
@@ -212,7 +233,8 @@ STAGES = (
     Stage("install", install, limit_s=150, reserve_s=0),
     Stage("risks", risks, limit_s=60, reserve_s=30),
     Stage("tests", tests, limit_s=240, reserve_s=100),
-    Stage("benchmarks", benchmarks, limit_s=150, reserve_s=80),
+    Stage("peers", peers, limit_s=150, reserve_s=0),
+    Stage("benchmarks", benchmarks, limit_s=180, reserve_s=80),
     Stage("sanitizers", sanitizers, limit_s=90, reserve_s=40),
     Stage("ncu", profile, limit_s=60, reserve_s=20),
 )
@@ -233,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=Path)
     parser.add_argument("--out", type=Path, help="required, but for --dry-run")
+    parser.add_argument("--peer-sdist", type=Path, action="append", default=[], metavar="PATH", help="a peer's .tar.gz")
     parser.add_argument("--only", metavar="STAGES", help=f"of {','.join(stage.name for stage in STAGES)}")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args(argv)

@@ -140,24 +140,26 @@ def one_context(gpu) -> str:
 
 
 def numerics(gpu) -> str:
-    """Forward, gradients and step agree with the float64 reference."""
-    import seqkern
+    """Forward, gradients and step of every operator agree with the float64 reference."""
+    from seqkern.testing import OPERATORS
 
-    x, weight, bias, dy = _random(gpu.device, (2, 40, 129), (40, 4), (40,), (2, 40, 129))
+    errors = {}
+    for operator in OPERATORS:
+        inputs = operator.full_case(shape=(2, 40, 129)).inputs(gpu.device)
+        exact, cotangents = inputs.to(torch.float64), inputs.cotangents()
+        actual = _everything(inputs, cotangents)
+        expected = _everything(exact, cotangents, operator.reference, operator.reference_step)
+        errors[operator.name] = max(_error(actual[name], expected[name]) for name in expected)
+    text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    assert max(errors.values()) < 1e-4, f"largest relative errors: {text}"
+    return f"largest relative errors: {text}"
 
-    def run(function, *tensors):
-        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
-        y = function(*leaves, "silu")
-        return (y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype)))
 
-    actual = run(seqkern.causal_conv1d, x, weight, bias)
-    expected = run(seqkern.reference.causal_conv1d, x.double(), weight.double(), bias.double())
-    states = torch.zeros(2, 40, 3, device=gpu.device), torch.zeros(2, 40, 3, device=gpu.device)
-    actual += (seqkern.causal_conv1d_step(x[..., 0], states[0], weight, bias), states[0])
-    expected += (seqkern.reference.causal_conv1d_step(x[..., 0], states[1], weight, bias), states[1])
-    error = max(_error(a, e) for a, e in zip(actual, expected, strict=True))
-    assert error < 1e-5, f"largest relative error {error:.1e}"
-    return f"largest relative error {error:.1e}"
+def _everything(inputs, cotangents: dict, function=None, step=None) -> dict[str, torch.Tensor]:
+    """Outputs, gradients, and one step from the initial state."""
+    outputs, gradients = inputs.gradients(cotangents, function)
+    state = inputs.tensors["initial_state"].clone()
+    return outputs | gradients | {"token": inputs.step(0, state, step), "state": state}
 
 
 def side_stream(gpu) -> str:
@@ -216,34 +218,30 @@ def backward_stream(gpu) -> str:
 
 
 def graph(gpu) -> str:
-    """Forward, backward and step are captured in a CUDA graph, and a replay computes with new values."""
-    import seqkern
+    """Forward, backward and step of every operator are captured in a CUDA graph; a replay computes with new values."""
+    from seqkern.testing import OPERATORS
 
-    shapes = {"x": (2, 64, 300), "dy": (2, 64, 300), "token": (2, 64), "start": (2, 64, 3)}
-    inputs = dict(zip(shapes, _random(gpu.device, *shapes.values()), strict=True))
-    weight = _random(gpu.device, (64, 4))[0].requires_grad_()
-    outputs = {"y": inputs["x"].clone(), "dweight": weight.detach().clone(), "step": inputs["token"].clone()}
-    outputs["state"] = inputs["start"].clone()
+    for operator in OPERATORS:
+        case = operator.full_case(shape=(2, 64, 300))
+        inputs = case.inputs(gpu.device)
+        cotangents = inputs.cotangents()
+        results = {name: value.clone() for name, value in _everything(inputs, cotangents).items()}
 
-    def call():
-        y = _conv(inputs["x"], weight)
-        outputs["y"].copy_(y.detach())
-        outputs["dweight"].copy_(torch.autograd.grad(y, weight, inputs["dy"])[0])
-        outputs["state"].copy_(inputs["start"])
-        step = seqkern.causal_conv1d_step(inputs["token"], outputs["state"], weight.detach())
-        outputs["step"].copy_(step)
+        def call():
+            for name, value in _everything(inputs, cotangents).items():  # noqa: B023
+                results[name].copy_(value)  # noqa: B023
 
-    replay = gpu.capture(call)
-    for seed in (1, 2):
-        for tensor, value in zip(inputs.values(), _random(gpu.device, *shapes.values(), seed=seed), strict=True):
-            tensor.copy_(value)
-        replay()
-        gpu.synchronize()
-        replayed = {name: value.clone() for name, value in outputs.items()}
-        call()
-        gpu.synchronize()
-        for name, value in replayed.items():
-            assert torch.equal(value, outputs[name]), f"{name} of the replay differs from a plain call"
+        replay = gpu.capture(call)
+        for seed in (1, 2):
+            for name, value in case.inputs(gpu.device, seed).tensors.items():
+                inputs.tensors[name].copy_(value)
+            replay()
+            gpu.synchronize()
+            replayed = {name: value.clone() for name, value in results.items()}
+            call()
+            gpu.synchronize()
+            for name, value in replayed.items():
+                assert torch.equal(value, results[name]), f"{operator}: {name} of the replay differs from a plain call"
     return "two replays with new values, bitwise those of plain calls"
 
 

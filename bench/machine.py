@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("seqkern", "torch", "numpy", "triton", "causal_conv1d", "mamba_ssm", "transformers", "fla_core")
+PACKAGES = ("seqkern", "torch", "numpy", "triton", "causal_conv1d", "mamba_ssm", "mambapy", "transformers", "fla_core")
 
 
 def processor() -> str:

@@ -88,14 +88,12 @@ def _busy_seconds() -> float:
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
-def timed(
-    calls: dict[str, Callable], *, device: str, rounds: int, cold: bool = False, attempts: int = 1
-) -> tuple[dict[str, Timing], float]:
+def timed(calls: dict[str, Callable], *, attempts: int = 1, **options) -> tuple[dict[str, Timing], float]:
     """Interleaved timings, and the share of the machine that others had meanwhile: the quietest of a few attempts."""
     best = None
     for _ in range(attempts):
         with Others() as others:
-            timings = interleaved(calls, rounds=rounds, cold=cold, device=device)
+            timings = interleaved(calls, **options)
         if best is None or others.share < best[1]:
             best = timings, others.share
         if best[1] < QUIET:

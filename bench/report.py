@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 import machine
+import torch
 from contest import COPY, OURS, Result
 from measure import QUIET
 
@@ -17,7 +18,7 @@ NAMES = ("#", "kind", "shape", "dtype", "variant")
 def table(results: list[Result]) -> str:
     """Two tables with common row numbers: seqkern's figures, then the competitors' times over seqkern's and errors."""
     own = [[*NAMES, "us", "spread", "call us", "cold us", "fresh us", "GB/s", "GFLOP/s", "of floor", "over copy"]]
-    own[0] += ["above empty", "error"]
+    own[0] += [_unit(results[0]), "above empty", "error"]
     for number, result in enumerate(results, 1):
         row, times, steady = result.row, result.times[OURS], result.time(OURS)
         us = steady.median_us
@@ -37,6 +38,7 @@ def table(results: list[Result]) -> str:
                 f"{row.flops / us / 1e3:.1f}",
                 f"{100 * result.floor_us / us:.0f} % {result.floor_of}",
                 f"{us / result.time(COPY).median_us:.2f}x",
+                f"{_per_unit(result):.3f}" if row.unit else "",
                 "" if result.empty_us is None else f"{times['warm'].median_us - result.empty_us:+.1f} us",
                 f"{result.errors[OURS]:.0e}",
             ]
@@ -56,6 +58,16 @@ def table(results: list[Result]) -> str:
     )
 
 
+def _unit(result: Result) -> str:
+    return f"ns/{result.row.unit}/thread" if result.row.device == "cpu" else f"ps/{result.row.unit}"
+
+
+def _per_unit(result: Result) -> float:
+    """Time for one of what people count of this operator, in `_unit`."""
+    scale = 1e3 * torch.get_num_threads() if result.row.device == "cpu" else 1e6
+    return scale * result.time(OURS).median_us / result.row.units
+
+
 def _us(timing: Timing | None) -> str:
     return "" if timing is None else f"{timing.median_us:.1f}"
 
@@ -70,7 +82,8 @@ def _against(result: Result, name: str) -> str:
 def ratio_of(result: Result, name: str) -> tuple[float, float, float]:
     """Someone's time over seqkern's, of samples taken in the same round: median and quartiles."""
     condition = result.condition(name)
-    pairs = zip(*(result.times[who][condition].samples_us for who in (name, OURS)), strict=True)
+    samples = (result.times[who][condition].samples_us for who in (name, OURS))
+    pairs = zip(*samples, strict=False)  # a slow contestant's are of the first rounds
     ratios = [theirs / ours for theirs, ours in pairs]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
     return statistics.median(ratios), low, high
@@ -132,6 +145,9 @@ def _plain(result: Result) -> dict:
         "variant": row.variant,
         "bytes": row.bytes,
         "flops": row.flops,
+        "exps": row.exps,
+        "unit": row.unit,
+        "units": row.units,
         "floor_us": result.floor_us,
         "floor_of": result.floor_of,
         "empty_us": result.empty_us,

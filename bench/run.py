@@ -95,10 +95,14 @@ def bench(rows: list, arguments: argparse.Namespace) -> int:
     import torch
 
     failed = False
-    for op, device in dict.fromkeys((row.op, row.device) for row in rows):
+    budget = arguments.budget or (QUICK_BUDGET_S if arguments.quick else float("inf"))
+    end = time.monotonic() + budget
+    tables = list(dict.fromkeys((row.op, row.device) for row in rows))
+    for number, (op, device) in enumerate(tables):
         chosen = [row for row in rows if (row.op, row.device) == (op, device)]
+        share = (end - time.monotonic()) / (len(tables) - number)
         with torch.no_grad():
-            results, ceilings = measure(op, device, chosen, arguments)
+            results, ceilings = measure(op, device, chosen, arguments, share)
         if results is None:
             failed = True
             continue
@@ -109,28 +113,32 @@ def bench(rows: list, arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def measure(op: str, device: str, rows: list, arguments: argparse.Namespace) -> tuple[list | None, dict]:
+def measure(op: str, device: str, rows: list, arguments: argparse.Namespace, budget: float) -> tuple[list | None, dict]:
     """The results of one operator; None, after saying why, where one of its rows computes something wrong."""
     import peers
     import roofline
+    import torch
     from contest import Contest
 
     start = time.monotonic()
-    budget = arguments.budget or (QUICK_BUDGET_S if arguments.quick else float("inf"))
-    checked = []
+    checked, left_out = [], {}
     for number, row in enumerate(rows, 1):
         if checked and time.monotonic() - start > budget / 2:
             break
         progress(f"[check {number}/{len(rows)}] {row.label}")
-        contest = Contest(row, arguments.quick)
-        for peer in peers.peers(op):
-            if not peer.takes(row):
-                continue
-            if peer.compiles and (arguments.quick or arguments.no_compile or not row.compiles):
-                contest.absent[peer.name] = "not in every row, nor with --quick or --no-compile"
-            else:
-                contest.invite(peer)
-        checked.append((contest, *contest.check()))
+        try:
+            contest = Contest(row, arguments.quick)
+            for peer in peers.peers(op):
+                if not peer.takes(row):
+                    continue
+                absence = peer.absence(row, arguments.quick, not arguments.no_compile)
+                if absence:
+                    contest.absent[peer.name] = absence
+                else:
+                    contest.invite(peer)
+            checked.append((contest, *contest.check()))
+        except torch.OutOfMemoryError:
+            left_out[row.label] = "this device has too little memory"
     wrong = [(contest.row, line) for contest, lines, _ in checked for line in lines if not line.ok]
     if wrong:
         progress("")
@@ -150,8 +158,9 @@ def measure(op: str, device: str, rows: list, arguments: argparse.Namespace) -> 
         progress(f"[time {number}/{len(rows)}] {contest.row.label}")
         results.append(contest.run(ceilings, lines, errors))
     progress("")
-    for row in rows[len(results) :]:
-        print(f"left out, the time is up (--budget): {row.label}")
+    timed = {result.row.label for result in results}
+    for label in (row.label for row in rows if row.label not in timed):
+        print(f"left out, {left_out.get(label, 'the time is up (--budget)')}: {label}")
     return results, ceilings
 
 

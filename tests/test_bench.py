@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from seqkern.testing import OPERATORS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
-TINY = ["--as-installed", "--quick", "--device", "cpu", "--filter", r"step \(8, 1536\) float32"]
+TINY = ["--as-installed", "--quick", "--device", "cpu", "--filter", r"step \(8, 1536[^)]*\) float32"]
+NAMES = [operator.name for operator in OPERATORS]
 
 
 @pytest.fixture(autouse=True)
@@ -33,19 +35,26 @@ def run(*command):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """A run of one row: what it printed, and its JSON."""
+def reports(tmp_path_factory):
+    """A run of one row of every operator: what it printed, and the folder of its JSON."""
     out = tmp_path_factory.mktemp("bench")
     done = run(BENCH / "run.py", *TINY, "--out", out)
     assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = out.glob("*/causal_conv1d.json")
-    return done.stdout, json.loads(path.read_text()), path
+    (folder,) = out.iterdir()
+    return done.stdout, folder
+
+
+@pytest.fixture(params=NAMES)
+def report(request, reports):
+    text, folder = reports
+    path = folder / f"{request.param}.json"
+    return text, json.loads(path.read_text()), path
 
 
 def test_json_is_complete(report):
     _, contents, path = report
     assert contents["schema"] == 1
-    assert (contents["operator"], contents["device"]) == ("causal_conv1d", "cpu")
+    assert (contents["operator"], contents["device"]) == (path.stem, "cpu")
     machine = contents["machine"]
     assert {"device", "cores", "threads", "python", "isa", "versions", "commit", "dirty"} <= machine.keys()
     assert {"seqkern", "torch"} <= machine["versions"].keys()
@@ -68,12 +77,20 @@ def test_every_competitor_is_named_with_its_error_or_its_absence(report):
 
     text, contents, _ = report
     (row,) = contents["rows"]
-    (choice,) = [choice for choice in rows("causal_conv1d", "cpu") if choice.label == row["label"]]
-    for peer in peers("causal_conv1d"):
+    op = contents["operator"]
+    (choice,) = [choice for choice in rows(op, "cpu") if choice.label == row["label"]]
+    for peer in peers(op):
         if peer.takes(choice):
             assert (peer.name in row["errors"]) != (peer.name in row["absent"]), peer.name
             assert peer.name in text
     assert all(error < 1e-6 for error in row["errors"].values())
+
+
+def test_unit_of_an_operator_is_reported(reports):
+    text, folder = reports
+    assert "ns/state step/thread" in text
+    (row,) = json.loads((folder / "selective_scan.json").read_text())["rows"]
+    assert (row["unit"], row["units"]) == ("state step", 8 * 1536 * 16) and row["exps"] > row["units"]
 
 
 def test_wrong_result_is_not_timed(tmp_path):
@@ -90,7 +107,7 @@ def test_wrong_result_is_not_timed(tmp_path):
 
         seqkern.causal_conv1d_step = wrong
         import run
-        sys.exit(run.main({[*TINY, "--out", str(tmp_path)]!r}))
+        sys.exit(run.main({[*TINY, "--op", "causal_conv1d", "--out", str(tmp_path)]!r}))
     """)
     done = run("-c", planted)
     assert done.returncode == 1, done.stderr
@@ -98,10 +115,56 @@ def test_wrong_result_is_not_timed(tmp_path):
     assert "GB/s" not in done.stdout and not list(tmp_path.iterdir())
 
 
+def test_competitor_that_is_wrong_is_not_timed():
+    import cases
+    from contest import Contest
+    from peers import Peer
+
+    row = next(row for row in cases.rows("selective_scan", "cpu") if row.kind == "step" and row.quick)
+
+    def off(by):
+        return lambda: lambda **inputs: row.function(**inputs) + by
+
+    with torch.no_grad():
+        contest = Contest(row, quick=True)
+        contest.invite(Peer("right", off(by=0), frozenset({"step"})))
+        contest.invite(Peer("wrong", off(by=1), frozenset({"step"})))
+        _, errors = contest.check()
+    assert errors.keys() == contest.functions.keys() == {"seqkern", "right"}
+    assert "WRONG" in contest.absent["wrong"]
+
+
+def test_slow_competitor_takes_part_in_the_first_rounds():
+    from report import ratio_of
+
+    from seqkern.testing import interleaved
+
+    calls = {"slow": lambda: time.sleep(0.02), "seqkern": lambda: None}
+    times = interleaved(calls, rounds=10, limit_s=0.03)
+    assert {name: len(timing.samples_us) for name, timing in times.items()} == {"slow": 3, "seqkern": 10}
+    result = argparse.Namespace(
+        condition=lambda name: "warm", times={name: {"warm": timing} for name, timing in times.items()}
+    )
+    assert min(ratio_of(result, "slow")) > 1
+
+
+def test_competitor_that_would_take_minutes_says_so():
+    import cases
+    from peers import peers
+
+    backwards = [row for row in cases.rows("selective_scan", "cpu") if row.kind == "forward+backward" and row.slow]
+    (reference,) = (
+        peer for peer in peers("selective_scan") if peer.name == "mamba-ssm ref" and peer.takes(backwards[0])
+    )
+    absences = {row.shape[2]: reference.absence(row, quick=False, compile=True) for row in backwards}
+    assert absences.pop(128) == "" and absences
+    assert all("quadratic" in absence for absence in absences.values())
+
+
 def test_every_operator_has_rows():
     import cases
 
-    assert cases.operators() == sorted(operator.name for operator in OPERATORS)
+    assert cases.operators() == sorted(NAMES)
     for op in cases.operators():
         for device in ("cpu", "cuda"):
             labels = [row.label for row in cases.rows(op, device)]
@@ -141,9 +204,9 @@ def test_pages_are_reused_or_fresh():
         torch.ones(2**24)  # 64 MB, 16384 pages of 4 KB
 
     def faults(call):
-        """Of a typical call: the first finds the pages of the one before, and any may lose a corner of its block."""
+        """Of a typical call: small blocks settle in the corners of the first ones, whose room is then too small."""
         counts = []
-        for _ in range(7):
+        for _ in range(31):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             call()
             counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -171,11 +234,38 @@ def test_reference_of_a_peer_comes_from_its_sdist(tmp_path, monkeypatch):
         assert f(21) == 42
 
 
+def test_module_of_an_unpacked_sdist_needs_no_other(tmp_path, monkeypatch):
+    from peers import Missing, module_of_sdist
+
+    package = tmp_path / "other-1.0" / "othermodule"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import nowhere\n")
+    (package / "ops.py").write_text("from othermodule.scale import by\n\ndef f(x):\n    return by * x\n")
+    (package / "scale.py").write_text("by = 2\n")
+    (package / "broken.py").write_text("import nowhere\n")
+    monkeypatch.setenv("SEQKERN_PEER_SDIST", str(package.parent))
+    assert module_of_sdist("othermodule.ops").f(21) == 42
+    with pytest.raises(Missing, match="nowhere"):
+        module_of_sdist("othermodule.broken")
+    with pytest.raises(Missing, match="no unpacked source distribution"):
+        module_of_sdist("anothermodule.ops")
+    assert not [name for name in sys.modules if name.startswith("othermodule")]
+
+
 def test_gpu_dry_run(tmp_path):
-    done = run(BENCH / "gpu.py", "--dry-run", "--only", "risks,sanitizers,ncu", "--out", tmp_path)
+    (tmp_path / "ops.py").write_text("")
+    sdist = tmp_path / "other-1.0.tar.gz"
+    with tarfile.open(sdist, "w:gz") as tar:
+        tar.add(tmp_path / "ops.py", "other-1.0/other/ops.py")
+    names = ["risks", "peers", "sanitizers", "ncu"]
+    chosen = ["--only", ",".join(names), "--peer-sdist", sdist, "--out", tmp_path]
+    done = run(BENCH / "gpu.py", "--dry-run", *chosen)
     assert done.returncode == 0, done.stdout + (tmp_path / "gpu.log").read_text()
     contents = json.loads((tmp_path / "gpu.json").read_text())
-    assert [stage["stage"] for stage in contents["stages"]] == ["risks", "sanitizers", "ncu"]
+    assert [stage["stage"] for stage in contents["stages"]] == names
+    assert (
+        "unpacked other-1.0" in contents["stages"][1]["detail"] and (tmp_path / "peers/other-1.0/other/ops.py").exists()
+    )
     assert {line["risk"] for line in contents["risks"]} >= {"load", "numerics", "side_stream", "graph", "second_device"}
 
 
@@ -188,7 +278,7 @@ def test_gpu_stage_that_hangs_is_ended_and_the_next_one_runs(tmp_path):
     def succeed(visit):
         return visit.python("-c", "print('still here')").strip()
 
-    visit = gpu.Visit(argparse.Namespace(wheel=None, dry_run=True, out=tmp_path))
+    visit = gpu.Visit(argparse.Namespace(wheel=None, peer_sdist=[], dry_run=True, out=tmp_path))
     stages = [gpu.Stage("hanging", hang, limit_s=1, reserve_s=0), gpu.Stage("next", succeed, limit_s=30, reserve_s=5)]
     assert gpu.run(visit, stages)
     first, second = json.loads((tmp_path / "gpu.json").read_text())["stages"]

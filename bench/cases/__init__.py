@@ -24,10 +24,14 @@ class Row:
     inputs: Callable[[], dict]  # the arguments, the same at every call
     bytes: int  # the fewest that must move: every input read once, every output written once
     flops: int
+    exps: int = 0  # exponentials, logarithms, sines and cosines
+    unit: str = ""  # what people count of this operator, if anything
+    units: int = 0
     gradients: tuple[str, ...] = ()  # inputs differentiated in "forward+backward"
     updates: tuple[str, ...] = ()  # inputs changed in place
     options: frozenset[str] = frozenset()  # what a competitor must support to take part
     compiles: bool = False  # competitors that go through torch.compile, which takes seconds, take part
+    slow: bool = False  # competitors that take about a second for a call take part
     quick: bool = False  # part of --quick
 
     @property

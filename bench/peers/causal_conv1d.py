@@ -1,13 +1,9 @@
 """Competitors of causal_conv1d and causal_conv1d_step."""
 
-import importlib
-import importlib.metadata
-import types
-
 import torch
 import torch.nn.functional as F
 
-from peers import Missing, Peer, functions_of_sdist
+from peers import Missing, Peer, compiled, functions_of_sdist, installed, of_transformers
 
 SEQUENCES = frozenset({"forward", "forward+backward"})
 STEP = frozenset({"step"})
@@ -76,32 +72,13 @@ def step_unrolled(x, conv_state, weight, bias, activation):
     return y
 
 
-def _compiled(function):
-    def load():
-        # A copy of the code, because torch keeps what it compiled with the code: every row gets its own.
-        copy = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        return torch.compile(copy, dynamic=False, fullgraph=True)
-
-    return load
-
-
 # ---- other projects
-
-
-def _installed(module: str):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.partition(".")[0]
-        if error.name == name:
-            raise Missing("not installed") from None
-        raise Missing(f"installed, but does not import: {error}") from None
 
 
 def _reference_of_causal_conv1d(name: str):
     """Their plain torch reference, of the installed package or else of a source distribution."""
     try:
-        return getattr(_installed("causal_conv1d.causal_conv1d_interface"), name)
+        return getattr(installed("causal_conv1d.causal_conv1d_interface"), name)
     except Missing:
         return functions_of_sdist("causal_conv1d/causal_conv1d_interface.py", (name,), {"torch": torch, "F": F})[0]
 
@@ -117,31 +94,22 @@ def _causal_conv1d_update_ref():
 
 
 def _causal_conv1d_fn():
-    function = _installed("causal_conv1d").causal_conv1d_fn
+    function = installed("causal_conv1d").causal_conv1d_fn
     return lambda x, weight, bias, activation: function(x, weight, bias, activation=activation)
 
 
 def _causal_conv1d_update():
-    function = _installed("causal_conv1d").causal_conv1d_update
+    function = installed("causal_conv1d").causal_conv1d_update
     return lambda x, conv_state, weight, bias, activation: function(x, conv_state, weight, bias, activation)
 
 
-def _of_transformers(name: str):
-    module = _installed("transformers.models.mamba.modeling_mamba")
-    function = getattr(module, name, None)
-    if function is None:
-        version = importlib.metadata.version("transformers")
-        raise Missing(f"transformers {version} has no {name} of its own")
-    return function
-
-
 def _transformers_fn():
-    function = _of_transformers("causal_conv1d_fn")
+    function = of_transformers("causal_conv1d_fn")
     return lambda x, weight, bias, activation: function(x, weight, bias, activation=activation)
 
 
 def _transformers_update():
-    function = _of_transformers("causal_conv1d_update")
+    function = of_transformers("causal_conv1d_update")
 
     def update(x, conv_state, weight, bias, activation):
         return function(x[..., None], conv_state, weight, bias, activation)[..., 0]
@@ -156,13 +124,13 @@ PEERS = (
     Peer("torch", lambda: conv1d, SEQUENCES),
     Peer("torch", lambda: conv1d_each, SEQUENCES, options=PACK),
     Peer("torch", lambda: step, STEP),
-    Peer("compiled", _compiled(conv1d), SEQUENCES, compiles=True),
-    Peer("compiled", _compiled(step_unrolled), STEP, compiles=True),
+    Peer("compiled", compiled(conv1d), SEQUENCES, compiles=True),
+    Peer("compiled", compiled(step_unrolled), STEP, compiles=True),
     Peer("channels-last", lambda: conv2d_channels_last, SEQUENCES),
     Peer("shifted", lambda: shifted, frozenset({"forward"})),
     Peer("shifted", lambda: shifted_padded, frozenset({"forward+backward"})),
     Peer("shifted", lambda: shifted_masked, SEQUENCES, options=PACK),
-    Peer("shifted compiled", _compiled(shifted_padded), SEQUENCES, compiles=True),
+    Peer("shifted compiled", compiled(shifted_padded), SEQUENCES, compiles=True),
     Peer("causal-conv1d ref", _causal_conv1d_ref, SEQUENCES),
     Peer("causal-conv1d ref", _causal_conv1d_update_ref, STEP),
     Peer("causal-conv1d", _causal_conv1d_fn, SEQUENCES, devices=CUDA),
