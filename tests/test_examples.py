@@ -100,17 +100,12 @@ def test_train_text_refuses_a_text_that_is_too_short(tmp_path):
         run("train_text.py", "--text", "text.txt", cwd=tmp_path)
 
 
-@pytest.fixture(scope="module")
-def parity(tmp_path_factory):
-    """parity.py as it is: its accuracies in percent, (decays between -1 and 1, between 0 and 1), by length."""
-    folder = tmp_path_factory.mktemp("parity")
-    output = run("parity.py", cwd=folder)
-    assert (folder / "parity.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+@pytest.mark.slow
+def test_parity_needs_negative_decays(tmp_path):
+    output = run("parity.py", cwd=tmp_path)
     rows = re.findall(r"^ *(\d+) bits +([\d.]+) % +([\d.]+) %", output, re.MULTILINE)
-    return {int(length): (float(signed), float(positive)) for length, signed, positive in rows}
-
-
-def test_parity_needs_negative_decays(parity):
-    assert list(parity) == [20, 40, 80, 160]
-    signed, positive = parity[80]  # twice the length of the training
+    accuracies = {int(length): (float(signed), float(positive)) for length, signed, positive in rows}
+    assert list(accuracies) == [20, 40, 80, 160]
+    signed, positive = accuracies[80]  # twice the length of the training
     assert signed >= 99 and positive <= 60
+    assert (tmp_path / "parity.png").exists() == (importlib.util.find_spec("matplotlib") is not None)

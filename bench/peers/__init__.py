@@ -1,8 +1,9 @@
 """What seqkern is compared with: one module per operator, each with `PEERS`.
 
-Peers of one name fill one column of the table: "torch" is the best plain expression without a loop of our own,
-"compiled" such an expression under torch.compile. Other projects' code is never copied: an adapter loads it from the
-installed package, or from its source distribution (--peer-sdist, or the environment variable SEQKERN_PEER_SDIST).
+Peers of one name fill one column of the table: "torch" is the best plain expression without a loop of our own, or where
+there is none the best loop, "compiled" the same under torch.compile. Other projects' code is never copied: an adapter
+loads it from the installed package, or from its source distribution (--peer-sdist, or the environment variable
+SEQKERN_PEER_SDIST).
 """
 
 import ast

@@ -1,5 +1,6 @@
-// Vectors for CPU kernels; simd_math.h has functions of them. The file that includes this is compiled once per instruction set, so everything here has
-// internal linkage and nothing comes from std:: (a weak symbol of one instruction set could be linked into another).
+// Vectors for CPU kernels; simd_math.h has functions of them. The file that includes this is compiled once per
+// instruction set, so everything here has internal linkage and nothing comes from std:: (a weak symbol of one
+// instruction set could be linked into another).
 //
 // Vec<A> is one register of A = float or double; memory of any element type is widened on load and rounded to
 // nearest even on store. Compile with -ffp-contract=off: products and sums are fused where madd says so and nowhere

@@ -5,8 +5,8 @@
 namespace seqkern {
 namespace {
 
-// 2^(whole + fraction) to 3e-7 of its value, exact where fraction is 0. `whole` is an integer (at most 252 in magnitude,
-// without AVX-512), fraction in [-0.5, 0.5].
+// 2^(whole + fraction) to 3e-7 of its value, exact where fraction is 0. `whole` is an integer (at most 252 in
+// magnitude, without AVX-512), fraction in [-0.5, 0.5].
 inline Float exp2_of_parts(Float whole, Float fraction) {
   // Minimax on [-0.5, 0.5] of (2^f - 1) / f.
   Float p = madd(splat(1.326472712e-3f), fraction, splat(9.671512645e-3f));

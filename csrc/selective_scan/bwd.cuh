@@ -38,28 +38,6 @@ struct Config {
   static constexpr int kOwnSums = 2 * L::kStates * L::kParts, kSums = 2 * L::kSlice * L::kParts;
 };
 
-// A constant B or C in a tile whose rows are the warp's channels instead of tokens. By all threads of the block.
-template <typename S, int kSlice>
-__device__ __forceinline__ void load_constant(ProjectionTile<S, kSlice>& tile, const Projection& x, const Inputs& in,
-                                              const BlockPlace& block, int64_t slice) {
-  using R = Real<S>;
-  visit(Array{x.data, x.dtype}, [&](const auto* data) {
-    for (int i = threadIdx.x; i < kWarpChannels * kSlice; i += blockDim.x) {
-      const int c = i / kSlice, n = i % kSlice;
-      const int64_t s = slice * kSlice + n;
-      S v = S(R(0));
-      if (c < block.channels && s < in.states) {
-        const int64_t at = (block.channel + c) * in.states + s;
-        if constexpr (kIsComplex<S>)
-          v = {to<R>(load(data + 2 * at)), to<R>(load(data + 2 * at + 1))};
-        else
-          v = to<R>(load(data + at));
-      }
-      tile.value[c][n] = v;
-    }
-  });
-}
-
 // B or C of one token for the states of a lane, by channel. kPlain: the same for all of them.
 template <typename C>
 struct ProjectionAt {

@@ -2,8 +2,6 @@
 // and dC are summed over the channels of a block, dA, dD and ddelta_bias over a slab of runs, then both in a fixed
 // order. Internal to cpu.cpp.
 #pragma once
-#include <initializer_list>
-
 #include "common/parallel.h"
 #include "selective_scan/cpu_call.h"
 
@@ -35,7 +33,7 @@ struct Backward : Call<F> {
     A *carry, *dA, *dB, *dC;  // N numbers; dB and dC of constant ones
     A *dD, *dbias;            // vectors
     A *u, *delta, *x, *sum;   // (kChunk, kLanes), as in the forward
-    A *slope;                 // d delta' / d delta
+    A* slope;                 // d delta' / d delta
     A *dout, *gate;           // dout, and dz / out
     A *dB_sum, *dA_sum;
 
@@ -140,7 +138,8 @@ struct Backward : Call<F> {
       if (!in.B.constant()) Channels<F>::clear(w.dB, chunk.count * kStates * F::kWidth);
       if (!in.C.constant()) Channels<F>::clear(w.dC, chunk.count * kStates * F::kWidth);
       for (int v = 0; v < vectors; ++v)
-        differentiate_states<kStates>(chunk, n, w.vectors[v], w, tiles_before(chunk, w.vectors[v]).share(n, kStates, in.states));
+        differentiate_states<kStates>(chunk, n, w.vectors[v], w,
+                                      tiles_before(chunk, w.vectors[v]).share(n, kStates, in.states));
       if (!in.B.constant()) store_sum_over_lanes<kStates>(w.dB, partials_of(dB_partials, chunk, block, n, kStates));
       if (!in.C.constant()) store_sum_over_lanes<kStates>(w.dC, partials_of(dC_partials, chunk, block, n, kStates));
     });
@@ -172,7 +171,8 @@ struct Backward : Call<F> {
   Ahead tiles_before(const Chunk& chunk, const Vector& v) const {
     Ahead ahead;
     const Chunk before{chunk.run, chunk.tau - kChunk, kChunk, false};
-    for (const Data* x : {&in.u, &in.delta, &in.z, &p.dy, &p.du, &p.ddelta, &p.dz})
+    const Data* const arrays[] = {&in.u, &in.delta, &in.z, &p.dy, &p.du, &p.ddelta, &p.dz};
+    for (const Data* x : arrays)
       if (*x) ahead.add<A>(this->tokens(*x, before, v.channels.first));
     return ahead;
   }
@@ -213,8 +213,8 @@ struct Backward : Call<F> {
       const Vec<A> ddelta = madd(u, dx, load<A>(v.dA_sum + i)) * load<A>(v.slope + i);
       dD = madd(dout, u, dD);
       dbias += ddelta;
-      store<A>(v.u + i, du);          // [du]
-      store<A>(v.delta + i, ddelta);  // [ddelta]
+      store<A>(v.u + i, du);                                      // [du]
+      store<A>(v.delta + i, ddelta);                              // [ddelta]
       if (in.z) store<A>(v.gate + i, load<A>(v.gate + i) * out);  // [gate]
     }
     store<A>(v.dD, dD), store<A>(v.dbias, dbias);
@@ -281,7 +281,8 @@ struct Backward : Call<F> {
     int64_t row = slab * sums_of_channel(in);
     const auto put = [&](const A* sums, int64_t count) {
       if (sums)
-        store_tile<A>(sums, plane(channel_partials, in.accumulator, row * in.channels + v.channels.first, 1, in.channels),
+        store_tile<A>(sums,
+                      plane(channel_partials, in.accumulator, row * in.channels + v.channels.first, 1, in.channels),
                       v.channels.lanes, count);
       row += sums ? count : 0;
     };

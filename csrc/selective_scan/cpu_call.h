@@ -120,9 +120,9 @@ struct Call {
     const int64_t g = d / (in.channels / p.groups);
     const int64_t first = token(chunk.tau) * F::kParts + (reverse ? F::kParts - 1 : 0);
     for (int64_t n = 0; n < in.states; n += kLanes<A>)
-      load_tile<A>(plane(p.data, p.dtype, chunk.run->b * p.b + g * p.g + n * p.n + first * p.im, p.n,
-                         reverse ? -p.im : p.im),
-                   static_cast<int>(at_most(kLanes<A>, in.states - n)), chunk.count * F::kParts, tile + n, row);
+      load_tile<A>(
+          plane(p.data, p.dtype, chunk.run->b * p.b + g * p.g + n * p.n + first * p.im, p.n, reverse ? -p.im : p.im),
+          static_cast<int>(at_most(kLanes<A>, in.states - n)), chunk.count * F::kParts, tile + n, row);
   }
 
   // [delta] delta' and x = delta' u of a tile; also d delta' / d delta, if `slope` is given.

@@ -1,6 +1,5 @@
 // The forward pass: outputs, last states, and checkpoints for the backward. Internal to cpu.cpp.
 #pragma once
-#include <initializer_list>
 #include "common/parallel.h"
 #include "selective_scan/cpu_call.h"
 
@@ -38,7 +37,7 @@ struct Forward : Call<F> {
     if (in.channels == 0) return;
     const int64_t groups = in.channels / piece * groups_of_piece;
     const int64_t work = at_least(1, in.sequences.batch * this->L / at_least(1, in.num_runs)) * in.states;
-    parallel_for(0, groups * in.num_runs, kGrain / (work * kVectors * kLanes<A>) + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, groups * in.num_runs, kGrain / (work * kVectors * kLanes<A>)+1, [&](int64_t begin, int64_t end) {
       Workspace workspace(*this);
       for (int64_t item = begin; item < end; ++item) scan(in.runs[item % in.num_runs], item / in.num_runs, workspace);
     });
@@ -79,7 +78,8 @@ struct Forward : Call<F> {
     Channels<F>::clear(w.sum, chunk.count * kLanes<A>);
     Ahead ahead;
     const Chunk next{chunk.run, chunk.tau + kChunk, kChunk, false};
-    for (const Data* x : {&in.u, &in.delta, &in.z, &p.y})
+    const Data* const arrays[] = {&in.u, &in.delta, &in.z, &p.y};
+    for (const Data* x : arrays)
       if (*x) ahead.add<A>(this->tokens(*x, next, channels.first));
     const Tile<F> tile{chunk.count,
                        in.two_exp,
@@ -90,7 +90,7 @@ struct Forward : Call<F> {
                        w.sum};
     for_each_state_block(in.states, [&]<int kStates>(int64_t n) {
       advance<F, kStates, false>(tile, n, channels.scaled_A, channels.h, nullptr, nullptr,
-                                  ahead.share(n, kStates, in.states));
+                                 ahead.share(n, kStates, in.states));
     });
     A* const z = w.x;
     if (in.z) load_tile<A>(this->tokens(in.z, chunk, channels.first), channels.lanes, chunk.count, z);

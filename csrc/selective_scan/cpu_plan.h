@@ -5,6 +5,7 @@
 #include "selective_scan/params.h"
 
 namespace seqkern::selective_scan {
+namespace {  // kernels are compiled once per instruction set, which must share no code
 
 constexpr int64_t greatest_common_divisor(int64_t a, int64_t b) {
   while (b != 0) {
@@ -57,4 +58,5 @@ constexpr int64_t cpu_bwd_workspace_bytes(const BwdParams& p) {
   return (variable * of_tokens + num_slabs(p) * sums_of_channel(p) * p.channels) * size_of(p.accumulator);
 }
 
+}  // namespace
 }  // namespace seqkern::selective_scan

@@ -2,8 +2,8 @@
 // Internal to cpu.cpp.
 #pragma once
 #include "selective_scan/cpu_number.h"
-#include "selective_scan/params.h"
 #include "selective_scan/cpu_tile.h"
+#include "selective_scan/params.h"
 
 namespace seqkern::selective_scan {
 namespace {
@@ -126,16 +126,16 @@ void differentiate(const Tile<F>& tile, const Gradients<F>& grad, int64_t n, con
       const Number g = madd(dout, conj(tile.C.at(i, n + j)), carry[j]);  // [dstate]
       A* const dB = grad.dB + i * grad.dB_token + j * F::kWidth;
       A* const dC = grad.dC + i * grad.dC_token + j * F::kWidth;
-      F::store(dC, madd(dout, conj(h), F::load(dC)));               // [dC]
-      F::store(dB, madd(x, g, F::load(dB)));                        // [dB]
-      dB_sum = madd_real(conj(tile.B.at(i, n + j)), g, dB_sum);     // [du]
+      F::store(dC, madd(dout, conj(h), F::load(dC)));            // [dC]
+      F::store(dB, madd(x, g, F::load(dB)));                     // [dB]
+      dB_sum = madd_real(conj(tile.B.at(i, n + j)), g, dB_sum);  // [du]
       carry[j] = product(conj(a), g);
       Number e = carry[j];
       if constexpr (!F::kPlain)
         if (tile.two_exp) e = e + g;
       e = product(e, conj(before));
-      dA[j] = madd(delta, e, dA[j]);               // [dA]
-      dA_sum = madd_real(A_of[j], e, dA_sum);      // [ddelta]
+      dA[j] = madd(delta, e, dA[j]);           // [dA]
+      dA_sum = madd_real(A_of[j], e, dA_sum);  // [ddelta]
     }
     store<A>(grad.dB_sum + i * kLanes<A>, dB_sum);
     store<A>(grad.dA_sum + i * kLanes<A>, dA_sum);

@@ -115,7 +115,8 @@ inline void store_tile(const A* tile, const Plane& to, int lanes, int64_t count,
 }
 
 // The memory of tiles yet to come, for loops over the tokens of this one to fetch line by line: processors do not
-// foresee that many rows. Into the second-level cache, because rows a power of two apart evict each other from the first.
+// foresee that many rows. Into the second-level cache, because rows a power of two apart evict each other from the
+// first.
 struct Ahead {
   struct Lines {
     const char* data;

@@ -9,25 +9,23 @@ namespace {
 template <typename R, bool kPlain>
 constexpr FwdTile kTile = pick_fwd_tile(kDType<R>, kPlain);
 
-template <typename S, int kStateLanes>
+template <typename S, int kStateLanes, bool kPlain>
 struct Shared {
   static constexpr int kSlice = Lane<S, kStateLanes>::kSlice;
   ProjectionTile<S, kSlice> B, C;
   struct Warp {
     DataTile<Real<S>> delta, u, z, out;
-  } warp[pick_fwd_tile(kDType<Real<S>>, true).warps];
+  } warp[kTile<Real<S>, kPlain>.warps];
 };
 
-// What a segment does to a state that enters it: h becomes decay h + what its tokens add. The decay is NaN where a
-// sequence begins in the segment and nothing of h is left.
-//
-// Registers of a lane while it walks through a tile.
+// Registers of a lane while it walks through a tile. A summary is what a segment does to a state that enters it: h
+// becomes decay h + what the tokens add. The decay is NaN where a sequence begins in the segment and nothing of h is
+// left: a decay that is NaN by itself has made NaN of what the tokens add as well.
 template <typename S, int kStateLanes, bool kPlain>
 struct Scan {
   using L = Lane<S, kStateLanes>;
   using R = typename L::R;
   typename L::States A, h;
-  typename L::States B, C;    // constant ones
   typename L::States decays;  // of a summary: their product
 
   // Tokens [first, last) of the tile, of one sequence.
@@ -56,20 +54,22 @@ struct Scan {
     for (int i = 0; i < kCount; ++i) {
       const auto delta = load<L::kChannels>(mine.delta.value + of_channels + i * kWarpChannels);
       const auto u = load<L::kChannels>(mine.u.value + of_channels + i * kWarpChannels);
-      const auto Bt = load<L::kStates>(shared.B.value[first + i] + lane.state);
-      const auto Ct = load<L::kStates>(shared.C.value[first + i] + lane.state);
 #pragma unroll
       for (int c = 0; c < L::kChannels; ++c) {
+        const int row_B = !kPlain && in.B.constant() ? lane.channel + c : first + i;
+        const int row_C = !kPlain && in.C.constant() ? lane.channel + c : first + i;
+        const auto B = load<L::kStates>(shared.B.value[row_B] + lane.state);
+        const auto C = load<L::kStates>(shared.C.value[row_C] + lane.state);
         const R delta_u = delta[c] * u[c];
         out[i][c] = R(0);
 #pragma unroll
         for (int n = 0; n < L::kStates; ++n) {
           const S a = decay(delta[c], A[c][n], !kPlain && in.two_exp);
-          h[c][n] = fma(a, h[c][n], delta_u * (!kPlain && in.B.constant() ? B[c][n] : Bt[n]));  // [state]
+          h[c][n] = fma(a, h[c][n], delta_u * B[n]);  // [state]
           if constexpr (kSummary) {
             decays[c][n] = a * decays[c][n];
           } else {
-            out[i][c] = fma_real(!kPlain && in.C.constant() ? C[c][n] : Ct[n], h[c][n], out[i][c]);  // [out]
+            out[i][c] = fma_real(C[n], h[c][n], out[i][c]);  // [out]
           }
         }
       }
@@ -93,8 +93,9 @@ __device__ __forceinline__ void finish(DataTile<Real<S>>& out, const DataTile<Re
   const int lane = threadIdx.x % kWarpSize;
   const R D = in.D && lane < warp.count ? load<R>(in.D, warp.channel + lane) : R(0);
   const auto apply = [&](auto gate) {
-    for_each_in_column(lane, [&](int t, int at) {
-      const R y = fma(D, u.value[at], kIsComplex<S> ? R(2) * out.value[at] : out.value[at]) * gate(at);
+    for_each_in_column<R>(lane, [&](int t, int at) {
+      const R sum = kIsComplex<S> ? R(2) * out.value[at] : out.value[at];
+      const R y = (in.D ? fma(D, u.value[at], sum) : sum) * gate(at);
       out.value[at] = padding >> t & 1u ? R(0) : y;
     });
   };
@@ -102,12 +103,12 @@ __device__ __forceinline__ void finish(DataTile<Real<S>>& out, const DataTile<Re
 }
 
 // h_t = a_t h_{t-1} + delta'_t u_t B_t [state], y_t = (sum_n C_t h_t + D u_t) silu(z_t) [out]
-// block    one batch row, up to 4 x 32 channels of a piece, one segment of time
+// block    one batch row, up to 4 x 32 channels of a piece (32 if not kPlain), one segment of time
 // warp     32 channels: all states slice by slice, tile by tile (warp_tile.h)
 // thread   a few channels and states of each, in registers; time is sequential
 // shared   B and C of a tile and slice, for all warps; delta', u and out of a tile for each warp
 // bytes    u, delta, z, y once; B, C once per block. To summarize: u and delta once, B once per block
-// limits   B segments D / 128 < 2^31 blocks
+// limits   B segments D / 32 < 2^31 blocks
 template <typename R, bool kComplex, int kStateLanes, bool kPlain>
 __global__ void __launch_bounds__(kTile<R, kPlain>.warps* kWarpSize, kTile<R, kPlain>.blocks_per_sm)
     fwd_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ Cut cut, const bool summarize) {
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(kTile<R, kPlain>.warps* kWarpSize, kTile<R, kP
   const BlockPlace block(p, cut);
   const WarpPlace warp(block);
   const L lane;
-  auto& shared = shared_memory<Shared<S, kStateLanes>>();
+  auto& shared = shared_memory<Shared<S, kStateLanes, kPlain>>();
   auto& mine = shared.warp[threadIdx.x / kWarpSize];
   const int64_t slices = ceil_div(p.states, L::kSlice);
   const int64_t segment = block.b * cut.segments + block.segment;
@@ -139,15 +140,17 @@ __global__ void __launch_bounds__(kTile<R, kPlain>.warps* kWarpSize, kTile<R, kP
 #pragma unroll 1
       for (int i = 0; i < (summarize ? 1 : 2); ++i) {
         const Projection& x = i == 0 ? p.B : p.C;
-        if (!x.constant()) (i == 0 ? shared.B : shared.C).load_from(x, p, block.b, block.channel, slice, time);
+        auto& of_slice = i == 0 ? shared.B : shared.C;
+        if (kPlain || !x.constant())
+          of_slice.load_from(x, p, block.b, block.channel, slice, time);
+        else
+          load_constant(of_slice, x, p, block, slice);
       }
       __syncthreads();
       if (warp.count == 0) continue;
 
       if (tile == block.first_tile || slices > 1) {
         lane.load_A(scan.A, p, warp, slice);
-        if (!kPlain && p.B.constant()) lane.load_row(scan.B, p, warp, slice, {p.B.data, p.B.dtype}, 0);
-        if (!kPlain && p.C.constant()) lane.load_row(scan.C, p, warp, slice, {p.C.data, p.C.dtype}, 0);
         const bool enters = tile == block.first_tile && (summarize || block.segment == 0);
         if (enters) {
           L::fill(scan.h, R(0));
@@ -197,7 +200,7 @@ __global__ void __launch_bounds__(kTile<R, kPlain>.warps* kWarpSize, kTile<R, kP
 // From what every segment does to a state, the states that enter them, in place.
 // thread   one state of one channel and batch row; segments one after another
 template <typename R, bool kComplex>
-__global__ void __launch_bounds__(kCarryThreads, 4)
+__global__ void __launch_bounds__(kCarryThreads, 2)
     carry_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ Cut cut) {
   using S = Scalar<R, kComplex>;
   constexpr int kParts = kComplex ? 2 : 1, kAtOnce = 16 / sizeof(S);  // segments whose loads are in flight

@@ -11,9 +11,10 @@ struct FwdTile {
   int blocks_per_sm;  // planned; bounds the registers
 };
 
+// A constant B or C lies in shared memory by channel, of one warp.
 constexpr FwdTile pick_fwd_tile(DType accumulator, bool plain) {
-  if (accumulator == DType::kFloat64) return {.warps = 2, .blocks_per_sm = 3};
-  return {.warps = 4, .blocks_per_sm = plain ? 3 : 2};
+  if (plain) return {.warps = 4, .blocks_per_sm = 3};
+  return {.warps = 1, .blocks_per_sm = accumulator == DType::kFloat64 ? 6 : 8};
 }
 
 struct FwdPlan {

@@ -223,12 +223,13 @@ struct alignas(16) DataTile {
   }
 };
 
-// f(t, place) for all tokens of a channel.
-template <typename F>
+// f(t, place) for all tokens of a channel of a tile of R.
+template <typename R, typename F>
 __device__ __forceinline__ void for_each_in_column(int channel, F&& f) {
+  [[maybe_unused]] constexpr int kAtOnce = sizeof(R) == 8 ? 1 : 4;
 #pragma unroll 1
   for (int first = 0; first < kTokens; first += 4) {
-#pragma unroll
+#pragma unroll kAtOnce
     for (int i = 0; i < 4; ++i) f(first + i, place(first, channel) + i * kWarpChannels);
   }
 }
@@ -335,7 +336,7 @@ __device__ __forceinline__ void apply_softplus(DataTile<R>& tile, const Inputs& 
   const int lane = threadIdx.x % kWarpSize;
   const R bias = in.delta_bias && lane < warp.count ? load<R>(in.delta_bias, warp.channel + lane) : R(0);
   const auto apply = [&](auto f) {
-    for_each_in_column(lane, [&](int t, int at) {
+    for_each_in_column<R>(lane, [&](int t, int at) {
       const R delta = f(tile.value[at] + bias);
       tile.value[at] = time.has(t) && lane < warp.count ? delta : R(0);
     });
@@ -395,6 +396,28 @@ struct ProjectionTile {
     return *reinterpret_cast<const Vector<S, kCount>*>(&value[t][n]);
   }
 };
+
+// A constant B or C in a tile whose rows are the warp's channels instead of tokens. By all threads of the block.
+template <typename S, int kSlice>
+__device__ __forceinline__ void load_constant(ProjectionTile<S, kSlice>& tile, const Projection& x, const Inputs& in,
+                                              const BlockPlace& block, int64_t slice) {
+  using R = Real<S>;
+  visit(Array{x.data, x.dtype}, [&](const auto* data) {
+    for (int i = threadIdx.x; i < kWarpChannels * kSlice; i += blockDim.x) {
+      const int c = i / kSlice, n = i % kSlice;
+      const int64_t s = slice * kSlice + n;
+      S v = S(R(0));
+      if (c < block.channels && s < in.states) {
+        const int64_t at = (block.channel + c) * in.states + s;
+        if constexpr (kIsComplex<S>)
+          v = {to<R>(load(data + 2 * at)), to<R>(load(data + 2 * at + 1))};
+        else
+          v = to<R>(load(data + at));
+      }
+      tile.value[c][n] = v;
+    }
+  });
+}
 
 // Where sequences begin and end among the tokens of a tile: bit t for token t, the same in all lanes.
 struct Marks {

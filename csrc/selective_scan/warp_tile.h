@@ -82,7 +82,7 @@ constexpr Cut cut_of(const Inputs& in, int warps) {
   cut.piece = piece_channels(in);
   const int64_t warps_of_piece = ceil_div(cut.piece, kWarpChannels);
   cut.blocks = ceil_div(warps_of_piece, warps);
-  cut.warps = cut.blocks > 0 ? static_cast<int>(ceil_div(warps_of_piece, cut.blocks)) : 0;
+  cut.warps = cut.blocks > 0 ? static_cast<int>(ceil_div(warps_of_piece, cut.blocks)) : 1;
   cut.vectorized = cut.piece % state_lanes(pick_kind(in)) == 0;
 
   const int64_t tiles = num_chunks(in.sequences);

@@ -441,7 +441,7 @@ def _draw_A(variates: Tensor, values: dict[str, Any]) -> Tensor:
     """Decays, or next to nothing with either sign: states that last, and grow. The imaginary part is a frequency, with
     2 exp - 1 a low one: at high ones that decay is larger than 1."""
     real = variates[..., :1] if values["complex"] else variates
-    real = 0.01 * real if values["growth"] else -0.1 - real.abs()
+    real = 0.004 * real if values["growth"] else -0.1 - real.abs()
     frequency = variates[..., 1:] * (0.1 if values["transition"] == "two_exp_minus_one" else 1)
     return torch.cat([real, frequency], dim=-1) if values["complex"] else real
 
