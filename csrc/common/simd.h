@@ -186,7 +186,7 @@ inline Vec<A> exchange(Vec<A> a, Vec<A> b) {
 
 // Lane j of rows[i] and lane i of rows[j] change places.
 template <class A, int kBit = 1>
-inline void transpose(Vec<A>* rows) {
+[[gnu::always_inline]] inline void transpose(Vec<A>* rows) {
   for (int i = 0; i < kLanes<A>; ++i) {
     if (i & kBit) continue;
     const Vec<A> a = rows[i], b = rows[i | kBit];
@@ -336,6 +336,24 @@ inline void store(T* p, Vec<A> v) {
   } else {
     for (int i = 0; i < kLanes<A>; ++i) p[i] = narrow<T>(v[i]);
   }
+}
+
+// A cache line at p on its way to memory past the caches, for what is too large to be found in them again; where p does
+// not begin a line, or vectors are shorter, a store like any other. Other threads see it after finish_streams().
+template <class A, class T>
+inline void stream(T* p, Vec<A> v) {
+#if defined(__AVX512F__)
+  if constexpr (kSame<A, T>) {
+    if (reinterpret_cast<uintptr_t>(p) % kVectorBytes == 0)
+      return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(v));
+  }
+#endif
+  store<A>(p, v);
+}
+inline void finish_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 // The first n of kLanes<A> elements.

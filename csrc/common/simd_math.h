@@ -56,7 +56,7 @@ inline Float reciprocal(Float x) {
 }
 
 // log(1 + exp(x)), above 20 x itself: to 4e-7 of its value.
-inline Float softplus(Float x) {
+[[gnu::always_inline]] inline Float softplus(Float x) {
   Float magnitude = x < 0 ? x : -x;
   magnitude = magnitude < -110.f ? splat(-110.f) : magnitude;  // exp is 0 below; false for NaN, which stays
   const Float whole = (magnitude * kLog2E<float> + 0x1.8p23f) - 0x1.8p23f;

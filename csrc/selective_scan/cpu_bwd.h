@@ -71,6 +71,7 @@ struct Backward : Call<F> {
     parallel_for(0, slabs * blocks, kGrain / 4 / work + 1, [&](int64_t begin, int64_t end) {
       Workspace workspace(*this);
       for (int64_t item = begin; item < end; ++item) differentiate_slab(item % slabs, item / slabs, workspace);
+      finish_streams();
     });
     reduce_tokens(in.B, p.dB, dB_partials);
     reduce_tokens(in.C, p.dC, dC_partials);
@@ -118,9 +119,9 @@ struct Backward : Call<F> {
   void clear_chunk(const Chunk& chunk, int64_t block, int vectors, Workspace& w) const {
     for (int v = 0; v < vectors; ++v) {
       const Channels<F>& channels = w.vectors[v].channels;
-      this->store_zeros(p.du, chunk, channels.first, channels.lanes);
-      this->store_zeros(p.ddelta, chunk, channels.first, channels.lanes);
-      if (p.dz) this->store_zeros(p.dz, chunk, channels.first, channels.lanes);
+      this->store_zeros(p.du, chunk, channels);
+      this->store_zeros(p.ddelta, chunk, channels);
+      if (p.dz) this->store_zeros(p.dz, chunk, channels);
     }
     for_each_state_block(in.states, [&]<int kStates>(int64_t n) {
       Channels<F>::clear(w.dB, kStateTile);
@@ -171,7 +172,7 @@ struct Backward : Call<F> {
   Ahead tiles_before(const Chunk& chunk, const Vector& v) const {
     Ahead ahead;
     const Chunk before{chunk.run, chunk.tau - kChunk, kChunk, false};
-    const Data* const arrays[] = {&in.u, &in.delta, &in.z, &p.dy, &p.du, &p.ddelta, &p.dz};
+    const Data* const arrays[] = {&in.u, &in.delta, &in.z, &p.dy};
     for (const Data* x : arrays)
       if (*x) ahead.add<A>(this->tokens(*x, before, v.channels.first));
     return ahead;
@@ -188,20 +189,22 @@ struct Backward : Call<F> {
                        v.x,
                        v.sum};
     const int64_t token = kStates * F::kWidth;
-    const Gradients<F> grad{v.dout,
-                            v.dB_sum,
-                            v.dA_sum,
-                            v.dB ? v.dB + n * F::kWidth : w.dB,
-                            v.dC ? v.dC + n * F::kWidth : w.dC,
-                            v.dB ? 0 : token,
-                            v.dC ? 0 : token};
+    if (v.dB) Channels<F>::clear(w.dB, token);
+    if (v.dC) Channels<F>::clear(w.dC, token);
+    const Gradients<F> grad{v.dout, v.dB_sum, v.dA_sum, w.dB, w.dC, v.dB ? 0 : token, v.dC ? 0 : token};
     advance<F, kStates, true>(tile, n, channels.scaled_A, channels.h, w.kept_a, w.kept_h, ahead);
     differentiate<F, kStates>(tile, grad, n, channels.plain_A, v.carry, v.dA, w.kept_a, w.kept_h);
+    if (v.dB) add(w.dB, token, v.dB + n * F::kWidth);
+    if (v.dC) add(w.dC, token, v.dC + n * F::kWidth);
+  }
+
+  static void add(const A* from, int64_t count, A* to) {
+    for (int64_t i = 0; i < count; i += kLanes<A>) store<A>(to + i, load<A>(to + i) + load<A>(from + i));
   }
 
   void finish(const Chunk& chunk, Vector& v) const {
     const Channels<F>& channels = v.channels;
-    Vec<A> dD = load<A>(v.dD), dbias = load<A>(v.dbias);
+    Vec<A> dD{}, dbias{};  // of the chunk: sums of sums err less than one long sum
     const Vec<A> D = load<A>(channels.D);
     for (int64_t j = chunk.count; j-- > 0;) {
       const int64_t i = j * kLanes<A>;
@@ -217,10 +220,10 @@ struct Backward : Call<F> {
       store<A>(v.delta + i, ddelta);                              // [ddelta]
       if (in.z) store<A>(v.gate + i, load<A>(v.gate + i) * out);  // [gate]
     }
-    store<A>(v.dD, dD), store<A>(v.dbias, dbias);
-    store_tile<A>(v.u, this->tokens(p.du, chunk, channels.first), channels.lanes, chunk.count);
-    store_tile<A>(v.delta, this->tokens(p.ddelta, chunk, channels.first), channels.lanes, chunk.count);
-    if (in.z) store_tile<A>(v.gate, this->tokens(p.dz, chunk, channels.first), channels.lanes, chunk.count);
+    store<A>(v.dD, load<A>(v.dD) + dD), store<A>(v.dbias, load<A>(v.dbias) + dbias);
+    this->store_tokens(v.u, p.du, chunk, channels);
+    this->store_tokens(v.delta, p.ddelta, chunk, channels);
+    if (in.z) this->store_tokens(v.gate, p.dz, chunk, channels);
   }
 
   Plane checkpoint(const Chunk& chunk, int64_t d) const {
@@ -303,8 +306,7 @@ struct Backward : Call<F> {
         for (int64_t slab = 0; slab < slabs; ++slab) {
           load_tile<A>(plane(channel_partials, in.accumulator, slab * sums * in.channels + d, 1, in.channels), lanes,
                        sums, slab_sums);
-          for (int64_t i = 0; i < sums * kLanes<A>; i += kLanes<A>)
-            store<A>(sum + i, load<A>(sum + i) + load<A>(slab_sums + i));
+          add(slab_sums, sums * kLanes<A>, sum);
         }
         const A* row = sum;
         const auto put = [&](void* data, DType dtype, int64_t count) {

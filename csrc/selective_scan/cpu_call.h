@@ -145,10 +145,16 @@ struct Call {
     return in.D ? madd(load<A>(channels.D), u, sum) : sum;
   }
 
-  void store_zeros(const Data& x, const Chunk& chunk, int64_t d, int lanes) const {
-    const A zeros[kChunk * kLanes<A>] = {};
-    store_tile<A>(zeros, tokens(x, chunk, d), lanes, chunk.count);
+  void store_tokens(const A* tile, const Data& x, const Chunk& chunk, const Channels<F>& channels) const {
+    const int64_t bytes = in.sequences.batch * in.channels * L * size_of(x.dtype);
+    store_tile<A>(tile, tokens(x, chunk, channels.first), channels.lanes, chunk.count, kLanes<A>, bytes >= kLargeBytes);
   }
+  void store_zeros(const Data& x, const Chunk& chunk, const Channels<F>& channels) const {
+    const A zeros[kChunk * kLanes<A>] = {};
+    store_tokens(zeros, x, chunk, channels);
+  }
+
+  static constexpr int64_t kLargeBytes = 4 << 20;  // beyond a second-level cache
 };
 
 }  // namespace

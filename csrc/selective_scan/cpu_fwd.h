@@ -40,6 +40,7 @@ struct Forward : Call<F> {
     parallel_for(0, groups * in.num_runs, kGrain / (work * kVectors * kLanes<A>)+1, [&](int64_t begin, int64_t end) {
       Workspace workspace(*this);
       for (int64_t item = begin; item < end; ++item) scan(in.runs[item % in.num_runs], item / in.num_runs, workspace);
+      finish_streams();
     });
   }
 
@@ -73,12 +74,12 @@ struct Forward : Call<F> {
       store_tile<A>(channels.h, plane(p.checkpoints, in.accumulator, offset + channels.first, 1, in.channels),
                     channels.lanes, rows);
     }
-    if (chunk.run->padding) return this->store_zeros(p.y, chunk, channels.first, channels.lanes);
+    if (chunk.run->padding) return this->store_zeros(p.y, chunk, channels);
     this->load_delta(chunk, channels, w.u, w.delta, w.x, nullptr);
     Channels<F>::clear(w.sum, chunk.count * kLanes<A>);
     Ahead ahead;
     const Chunk next{chunk.run, chunk.tau + kChunk, kChunk, false};
-    const Data* const arrays[] = {&in.u, &in.delta, &in.z, &p.y};
+    const Data* const arrays[] = {&in.u, &in.delta, &in.z};
     for (const Data* x : arrays)
       if (*x) ahead.add<A>(this->tokens(*x, next, channels.first));
     const Tile<F> tile{chunk.count,
@@ -99,7 +100,7 @@ struct Forward : Call<F> {
       if (in.z) y *= silu(load<A>(z + i));
       store<A>(w.sum + i, y);
     }
-    store_tile<A>(w.sum, this->tokens(p.y, chunk, channels.first), channels.lanes, chunk.count);
+    this->store_tokens(w.sum, p.y, chunk, channels);
   }
 };
 

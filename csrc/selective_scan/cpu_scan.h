@@ -109,10 +109,10 @@ void differentiate(const Tile<F>& tile, const Gradients<F>& grad, int64_t n, con
                    const typename F::A* kept_h) {
   using A = typename F::A;
   using Number = typename F::Number;
-  Number carry[kStates], dA[kStates], A_of[kStates];
+  Number carry[kStates], A_of[kStates];
+  Number dA[kStates] = {};  // of the tile: sums of sums err less than one long sum
   for (int j = 0; j < kStates; ++j) {
     carry[j] = F::load(carry_memory + (n + j) * F::kWidth);
-    dA[j] = F::load(dA_memory + (n + j) * F::kWidth);
     A_of[j] = conj(F::load(A_memory + (n + j) * F::kWidth));
   }
   for (int64_t i = tile.tokens - 1; i >= 0; --i) {
@@ -142,7 +142,7 @@ void differentiate(const Tile<F>& tile, const Gradients<F>& grad, int64_t n, con
   }
   for (int j = 0; j < kStates; ++j) {
     F::store(carry_memory + (n + j) * F::kWidth, carry[j]);
-    F::store(dA_memory + (n + j) * F::kWidth, dA[j]);
+    F::store(dA_memory + (n + j) * F::kWidth, F::load(dA_memory + (n + j) * F::kWidth) + dA[j]);
   }
 }
 

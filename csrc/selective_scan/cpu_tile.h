@@ -86,12 +86,20 @@ inline void load_tile(const Plane& from, int lanes, int64_t count, A* tile, int6
   });
 }
 
+// `large`: whole lines go past the caches.
 template <class A>
-inline void store_tile(const A* tile, const Plane& to, int lanes, int64_t count, int64_t row = kLanes<A>) {
+inline void store_tile(const A* tile, const Plane& to, int lanes, int64_t count, int64_t row = kLanes<A>,
+                       bool large = false) {
   visit_dtype(to.dtype, [&]<class T>() {
     T* const p = static_cast<T*>(to.data);
+    const auto put = [&](T* at, Vec<A> v, int n) {
+      if (large && n == kLanes<A>)
+        stream<A>(at, v);
+      else
+        store<A>(at, v, n);
+    };
     if (to.lane == 1) {
-      for (int64_t i = 0; i < count; ++i) store<A>(p + i * to.step, load<A>(tile + i * row), lanes);
+      for (int64_t i = 0; i < count; ++i) put(p + i * to.step, load<A>(tile + i * row), lanes);
     } else if (to.step == 1 || to.step == -1) {
       for_each_square<A>(to, count, [&](int64_t i, int n, int64_t first) {
         Vec<A> rows[kLanes<A>];
@@ -100,7 +108,7 @@ inline void store_tile(const A* tile, const Plane& to, int lanes, int64_t count,
         if (lanes == kLanes<A> && n == kLanes<A>) {
           for (int j = 0; j < kLanes<A>; ++j) rows[j] = load<A>(from + j * from_row);
           transpose<A>(rows);
-          for (int c = 0; c < kLanes<A>; ++c) store<A>(p + c * to.lane + first, rows[c]);
+          for (int c = 0; c < kLanes<A>; ++c) put(p + c * to.lane + first, rows[c], kLanes<A>);
         } else {
           for (int j = 0; j < kLanes<A>; ++j) rows[j] = j < n ? load<A>(from + j * from_row) : Vec<A>{};
           transpose<A>(rows);
