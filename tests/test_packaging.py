@@ -208,7 +208,7 @@ def test_old_torch_is_neither_used_nor_replaced(tmp_path):
     )
 
 
-COMMANDS = ["tests/run.py", "examples/train_text.py", "bench/run.py"]
+COMMANDS = ["tests/run.py", "examples/train_text.py", "examples/parity.py", "bench/run.py"]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "tools/bootstrap.py"])

@@ -31,7 +31,7 @@ BASE = "-std=c++20 -fPIC -fvisibility=hidden -Icsrc -DSEQKERN_EMULATE=1".split()
 WARNINGS = "-Wall -Wextra -Wno-unknown-pragmas -Wno-unused-function".split()
 # The emulator gives a thread 64 KiB of stack. A frame that is nearly as large has no business in a kernel.
 OPTIMIZED = ["-O2", "-Werror=frame-larger-than=32768"]
-READABLE = ["-O1", "-g", "-fno-omit-frame-pointer"]
+READABLE = ["-Og", "-g1", "-fno-omit-frame-pointer"]
 SANITIZERS = {
     None: OPTIMIZED,
     "address": [*READABLE, "-fsanitize=address,undefined,bounds-strict", "-fno-sanitize-recover=all"],

@@ -37,7 +37,7 @@ __device__ __forceinline__ A silu_derivative(A x) {
   return sigmoid * fma(x, A(1) - sigmoid, A(1));
 }
 
-// 2^x to 2 ulp, with no error at 0. Results below 2^-126 become 0; infinities and NaN are kept.
+// 2^x as the hardware approximates it; emulated, that of the C library. Results below 2^-126 become 0.
 __device__ __forceinline__ float exp2_approx(float x) {
 #if defined(SEQKERN_EMULATE)
   const float y = exp2f(x);

@@ -9,31 +9,61 @@ namespace {
 // Of one batch row and segment: rows of accumulators in the workspace.
 template <typename R>
 struct Rows {
-  R *carry, *dA, *dB, *dC;
+  R *carry, *dA, *dB, *dC, *dD, *ddelta_bias;
 
   __device__ __forceinline__ Rows(const BwdParams& p, const BwdWorkspace& w)
       : carry(static_cast<R*>(p.workspace) + w.carry),
         dA(static_cast<R*>(p.workspace) + w.dA),
         dB(static_cast<R*>(p.workspace) + w.dB),
-        dC(static_cast<R*>(p.workspace) + w.dC) {}
+        dC(static_cast<R*>(p.workspace) + w.dC),
+        dD(static_cast<R*>(p.workspace) + w.dD),
+        ddelta_bias(static_cast<R*>(p.workspace) + w.ddelta_bias) {}
 };
 
-// The sums that wait in the workspace, from there or to there.
+// Adds what a piece has summed up for parameters to the segment's sums in the workspace, and starts from zero again: so
+// that a long row does not round every token's part to the size of the whole sum.
 template <typename C>
-__device__ __forceinline__ void load_sums(Scan<C>& scan, const Rows<typename C::R>& rows, const Cut& cut,
-                                          const WarpPlace& warp, int64_t slice, int64_t row) {
+__device__ __forceinline__ void add_sums(Scan<C>& scan, const Rows<typename C::R>& rows, const Cut& cut,
+                                         const WarpPlace& warp, int64_t slice, int64_t row) {
+  using L = typename C::L;
   const BwdParams& p = scan.p;
-  scan.lane.load_state(scan.dA, p, cut, warp, slice, rows.dA, row);
-  if (!C::kPlain && p.B.constant()) scan.lane.load_state(scan.dB, p, cut, warp, slice, rows.dB, row);
-  if (!C::kPlain && p.C.constant()) scan.lane.load_state(scan.dC, p, cut, warp, slice, rows.dC, row);
+  const auto add = [&](typename L::States& of_piece, typename C::R* to) {
+    typename L::States sum;
+    scan.lane.load_state(sum, p, cut, warp, slice, to, row);
+    Scan<C>::for_each([&](int c, int n) { sum[c][n] = sum[c][n] + of_piece[c][n]; });
+    scan.lane.store_state(sum, p, cut, warp, slice, to, row);
+  };
+  add(scan.dA, rows.dA);
+  if (!C::kPlain && p.B.constant()) add(scan.dB, rows.dB);
+  if (!C::kPlain && p.C.constant()) add(scan.dC, rows.dC);
+  if (scan.last_slice) {
+#pragma unroll
+    for (int bit = L::kChannels; bit < C::kStateLanes; bit *= 2) {
+      scan.dD += __shfl_xor_sync(0xffffffffu, scan.dD, bit);
+      scan.ddelta_bias += __shfl_xor_sync(0xffffffffu, scan.ddelta_bias, bit);
+    }
+    if (scan.own_token == 0 && scan.own_channel < warp.count) {
+      const int64_t d = row * p.channels + warp.channel + scan.own_channel;
+      store(rows.dD + d, load(rows.dD + d) + scan.dD);
+      store(rows.ddelta_bias + d, load(rows.ddelta_bias + d) + scan.ddelta_bias);
+    }
+  }
+  scan.clear_parameters();
 }
+
+// Zeros there, by the threads that add to them.
 template <typename C>
-__device__ __forceinline__ void store_sums(const Scan<C>& scan, const Rows<typename C::R>& rows, const Cut& cut,
-                                           const WarpPlace& warp, int64_t slice, int64_t row) {
+__device__ __forceinline__ void clear_sums(const Scan<C>& scan, const Rows<typename C::R>& rows, const Cut& cut,
+                                           const WarpPlace& warp, int64_t slices, int64_t row) {
   const BwdParams& p = scan.p;
-  scan.lane.store_state(scan.dA, p, cut, warp, slice, rows.dA, row);
-  if (!C::kPlain && p.B.constant()) scan.lane.store_state(scan.dB, p, cut, warp, slice, rows.dB, row);
-  if (!C::kPlain && p.C.constant()) scan.lane.store_state(scan.dC, p, cut, warp, slice, rows.dC, row);
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    scan.lane.store_state(scan.dA, p, cut, warp, slice, rows.dA, row);
+    if (!C::kPlain && p.B.constant()) scan.lane.store_state(scan.dB, p, cut, warp, slice, rows.dB, row);
+    if (!C::kPlain && p.C.constant()) scan.lane.store_state(scan.dC, p, cut, warp, slice, rows.dC, row);
+  }
+  if (scan.own_token > 0 || scan.own_channel >= warp.count) return;
+  const int64_t d = row * p.channels + warp.channel + scan.own_channel;
+  store(rows.dD + d, scan.dD), store(rows.ddelta_bias + d, scan.ddelta_bias);
 }
 
 // The block's sums of dB or dC over its channels: its warps' in order.
@@ -64,7 +94,8 @@ __device__ __forceinline__ void store_channel_sums(const Shared<C>& shared, cons
 // warp     32 channels, or 16 where two warps share 32; states slice by slice
 // thread   a few channels and states of each; states and decays of a window of 8 tokens in registers
 // shared   B and C of a tile and slice; delta', u, dout and dz of a tile; states before each window; sums of dB and dC
-// bytes    u, delta, z, dy, du, ddelta, dz and checkpoints once; B, C and sums of dB, dC once per block
+// bytes    u, delta, z, dy, du, ddelta, dz and checkpoints once; B, C and sums of dB, dC once per block; sums for
+//          parameters once per tile, to the L2 cache
 // limits   B segments D / 64 < 2^31 blocks
 template <typename C>
 __global__ void __launch_bounds__(C::kWarps* kWarpSize, C::kTile.blocks_per_sm)
@@ -85,12 +116,9 @@ __global__ void __launch_bounds__(C::kWarps* kWarpSize, C::kTile.blocks_per_sm)
   const int64_t segment = block.b * cut.segments + block.segment;
   Scan<C> scan(p, shared, waits ? &shared_memory<SlicedShared<C>>().waiting[group] : nullptr);
   auto& tile = scan.tile;
-  const bool owns = scan.own_channel < warp.count;
-  if (p.D && owns) scan.D = load<R>(p.D, warp.channel + scan.own_channel);
+  if (p.D && scan.own_channel < warp.count) scan.D = load<R>(p.D, warp.channel + scan.own_channel);
 
-  for (int64_t slice = 0; slice < slices; ++slice) {
-    if (waits) store_sums(scan, rows, cut, warp, slice, segment);
-  }
+  clear_sums(scan, rows, cut, warp, slices, segment);
   if (!waits) {
     scan.lane.load_A(scan.A, p, warp, 0);
     if (cut.segments > 1) scan.lane.load_state(scan.carry, p, cut, warp, 0, rows.carry, segment);
@@ -134,7 +162,6 @@ __global__ void __launch_bounds__(C::kWarps* kWarpSize, C::kTile.blocks_per_sm)
         } else {
           if (waits) {
             scan.lane.load_A(scan.A, p, warp, slice);
-            load_sums(scan, rows, cut, warp, slice, segment);
             if (!ends) scan.lane.load_state(scan.carry, p, cut, warp, slice, rows.carry, segment);
           }
           if (ends) scan.lane.load_row(scan.carry, p, warp, slice, p.dlast_state, p.dlast_state ? final : -1);
@@ -153,10 +180,8 @@ __global__ void __launch_bounds__(C::kWarps* kWarpSize, C::kTile.blocks_per_sm)
 
           if (begins && initial >= 0 && p.dinitial_state)
             scan.lane.store_row(scan.carry, p, warp, slice, p.dinitial_state, initial);
-          if (waits) {
-            store_sums(scan, rows, cut, warp, slice, segment);
-            scan.lane.store_state(scan.carry, p, cut, warp, slice, rows.carry, segment);
-          }
+          add_sums(scan, rows, cut, warp, slice, segment);
+          if (waits) scan.lane.store_state(scan.carry, p, cut, warp, slice, rows.carry, segment);
         }
         __syncthreads();
         store_channel_sums(shared, p, w, cut, block, slice, piece);
@@ -170,17 +195,6 @@ __global__ void __launch_bounds__(C::kWarps* kWarpSize, C::kTile.blocks_per_sm)
       __syncwarp();
     }
   }
-
-  if (!waits) store_sums(scan, rows, cut, warp, 0, segment);
-#pragma unroll
-  for (int bit = L::kChannels; bit < C::kStateLanes; bit *= 2) {
-    scan.dD += __shfl_xor_sync(0xffffffffu, scan.dD, bit);
-    scan.ddelta_bias += __shfl_xor_sync(0xffffffffu, scan.ddelta_bias, bit);
-  }
-  if (scan.own_token > 0 || !owns) return;
-  const int64_t d = segment * p.channels + warp.channel + scan.own_channel;
-  store(static_cast<R*>(p.workspace) + w.dD + d, scan.dD);
-  store(static_cast<R*>(p.workspace) + w.ddelta_bias + d, scan.ddelta_bias);
 }
 
 using Kernel = void (*)(BwdParams, Cut, BwdWorkspace);

@@ -22,8 +22,9 @@ struct Shared {
 };
 
 // What a segment makes of a gradient that enters it: it leaves as decay carry + what its tokens add, which is
-// conj(a_t) g_t [dstate] of its first token. The decay is NaN where a sequence ends in the segment and the gradient
-// that enters does not matter. block    one warp: 32 channels of one batch row and segment, walked through backwards
+// conj(a_t) g_t [dstate] of its first token. The decay is NaN where a sequence ends in the segment: nothing is left of
+// what enters.
+// block    one warp: 32 channels of one batch row and segment, walked through backwards
 // thread   4 channels and a few states of each; slices of states one after another
 // shared   delta', dout and C of a tile
 // bytes    delta, dy, z and C once for each slice of states
@@ -93,62 +94,22 @@ __global__ void __launch_bounds__(kWarpSize, 8)
   }
 }
 
-// From the gradients that leave segments those that enter them, in place.
-// thread   one state of one channel and batch row; segments one after another, the last one first
-template <typename S>
-__global__ void __launch_bounds__(kCarryThreads, 4)
-    enter_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ Cut cut,
-                 const __grid_constant__ BwdWorkspace w) {
-  using R = Real<S>;
-  constexpr int kParts = kIsComplex<S> ? 2 : 1;
-  const auto [bn, d] = divide(global_thread(), p.channels);
-  const auto [b, n] = divide(bn, p.states);
-  if (b >= p.sequences.batch) return;
-  const int64_t step = p.states * kParts * p.channels;
-  const int64_t first = (b * cut.segments * p.states + n) * kParts * p.channels + d;
-  R* const carries = static_cast<R*>(p.workspace) + w.carry + first;
-  const R* const decays = static_cast<R*>(p.workspace) + w.decay + first;
-  const auto load_scalar = [&](const R* from) -> S {
-    if constexpr (kIsComplex<S>)
-      return {load(from), load(from + p.channels)};
-    else
-      return load(from);
-  };
-
-  S entering = S(R(0));
-#pragma unroll 4
-  for (int64_t segment = cut.segments - 1; segment >= 0; --segment) {
-    R* const at = carries + segment * step;
-    const S added = load_scalar(at), decay = load_scalar(decays + segment * step);
-    R size;
-    if constexpr (kIsComplex<S>) {
-      store(at, entering.re), store(at + p.channels, entering.im);
-      size = fabs(decay.re) + fabs(decay.im);
-    } else {
-      store(at, entering);
-      size = fabs(decay);
-    }
-    // Nothing is left of an infinite gradient either.
-    entering = size > R(0) ? fma(decay, entering, added) : added;
-  }
-}
-
 using Kernel = void (*)(BwdParams, Cut, BwdWorkspace);
 
 struct Instance {
   bool is_double, complex;
-  Kernel leave, enter;
+  Kernel kernel;
   int64_t smem_bytes;
 };
 
 template <typename S>
 constexpr Instance instance() {
-  return {sizeof(Real<S>) == 8, kIsComplex<S>, leave_kernel<S>, enter_kernel<S>, sizeof(Shared<S>)};
+  return {sizeof(Real<S>) == 8, kIsComplex<S>, leave_kernel<S>, sizeof(Shared<S>)};
 }
 
 constexpr Instance kInstances[] = {instance<float>(), instance<double>(), instance<Complex<float>>(),
                                    instance<Complex<double>>()};
-static_assert(2 * std::size(kInstances) == kBwdCarryKernels);
+static_assert(std::size(kInstances) == kBwdCarryKernels);
 
 }  // namespace
 
@@ -164,12 +125,8 @@ void bwd_carry(const BwdParams& p, const BwdPlan& plan, Stream stream) {
           .threads = kWarpSize,
           .smem_bytes = instance.smem_bytes,
           .stream = stream},
-         instance.leave, p, cut, plan.workspace);
-  launch({.name = "selective_scan_bwd_enter",
-          .grid = {ceil_div(p.sequences.batch * p.states * p.channels, kCarryThreads)},
-          .threads = kCarryThreads,
-          .stream = stream},
-         instance.enter, p, cut, plan.workspace);
+         instance.kernel, p, cut, plan.workspace);
+  carry_over_segments(p, cut, p.workspace, plan.workspace.carry, plan.workspace.decay, true, stream);
 }
 
 }  // namespace seqkern::selective_scan::cuda

@@ -53,11 +53,14 @@ struct Scan {
   bool first_slice = true, last_slice = true;
   int begin = 0, end = 0;  // of the piece
 
-  States A, h, carry, dA;
-  States dB, dC;  // of constant ones, not kPlain only
+  States A, h, carry;
   // After a sum over states a lane has one channel of one of kTogether tokens.
   int own_token = lane.lane % C::kStateLanes / kChannels, own_channel = lane.channel + lane.lane % kChannels;
-  R D = R(0), dD = R(0), ddelta_bias = R(0);
+  R D = R(0);
+
+  // Gradients of parameters, summed over a piece; the last two over the lane's own tokens.
+  States dA, dB, dC;  // dB, dC: of constant ones, not kPlain only
+  R dD, ddelta_bias;
 
   __device__ __forceinline__ Scan(const BwdParams& p_, Shared<C>& shared_, typename SlicedShared<C>::Waiting* waiting_)
       : p(p_),
@@ -65,7 +68,12 @@ struct Scan {
         tile(shared_.channels[threadIdx.x / kWarpSize / C::kTile.sharing].tile),
         mine(shared_.warp[threadIdx.x / kWarpSize]),
         waiting(waiting_) {
-    L::fill(carry, R(0)), L::fill(dA, R(0));
+    L::fill(carry, R(0));
+    clear_parameters();
+  }
+
+  __device__ __forceinline__ void clear_parameters() {
+    L::fill(dA, R(0)), dD = R(0), ddelta_bias = R(0);
     if constexpr (!C::kPlain) L::fill(dB, R(0)), L::fill(dC, R(0));
   }
 

@@ -54,9 +54,23 @@ struct Step {
         load_coefficients(p.C, c, workspace.C);
         int64_t& channel = along_heads ? c.h : c.p;
         const int64_t end_channel = channel + row_size;
-        for (channel += item % vectors * kLanes<A>; item < next; ++item, channel += kLanes<A>) {
-          c.lanes = static_cast<int>(at_most(kLanes<A>, end_channel - channel));
-          advance(c, workspace);
+        channel += item % vectors * kLanes<A>;
+        if (const int64_t state = state_row(b); state < 0) {
+          for (; item < next; ++item, channel += kLanes<A>) {
+            c.lanes = static_cast<int>(at_most(kLanes<A>, end_channel - channel));
+            store_vector(p.y, c, Vec<A>{});
+          }
+        } else {
+          while (item < next) {
+            Token tokens[kTogether];
+            int count = 0;
+            for (; count < kTogether && item < next; ++count, ++item, channel += kLanes<A>) {
+              c.lanes = static_cast<int>(at_most(kLanes<A>, end_channel - channel));
+              tokens[count] = read(c);
+            }
+            for (int i = 0; i < count; ++i) advance_states(tokens[i], state, workspace);
+            for (int i = 0; i < count; ++i) write(tokens[i]);
+          }
         }
       }
     });
@@ -72,57 +86,100 @@ struct Step {
     });
   }
 
-  void advance(const Channels& c, Workspace& w) const {
-    const int64_t row = state_row(c.b);
-    if (row < 0) return store_vector(p.y, c, Vec<A>{});
+  // Of one vector of channels. kTogether of them go through each stage one after another: the functions in the first
+  // and the last are long chains of dependent operations, which overlap this way.
+  struct Token {
+    Channels c;
+    Vec<A> delta, u, sum;
+  };
+  static constexpr int kTogether = 4;
+
+  Token read(const Channels& c) const {
     Vec<A> delta = load_vector(p.delta, c);
     if (p.delta_bias) delta += load_vector(p.delta_bias, c);
     if (p.softplus) delta = softplus(delta);  // [delta]
-    const Vec<A> u = load_vector(p.u, c);
-    Vec<A> sum = advance_states(c, row, delta, delta * u, w);
-    if (p.D) sum = madd(load_vector(p.D, c), u, sum);
-    if (p.z) sum *= silu(load_vector(p.z, c));
-    store_vector(p.y, c, sum);
+    return {c, delta, load_vector(p.u, c), Vec<A>{}};
   }
 
-  // Lanes of vectors are states where these follow one another in memory, else channels.
-  Vec<A> advance_states(const Channels& c, int64_t row, Vec<A> delta, Vec<A> x, Workspace& w) const {
+  void write(const Token& t) const {
+    Vec<A> y = t.sum;
+    if (p.D) y = madd(load_vector(p.D, t.c), t.u, y);
+    if (p.z) y *= silu(load_vector(p.z, t.c));
+    store_vector(p.y, t.c, y);
+  }
+
+  // Lanes of vectors are states where these fill vectors, else channels. Where the state lies does not matter to this
+  // choice: results do not depend on strides.
+  void advance_states(Token& t, int64_t row, Workspace& w) const {
+    const Vec<A> x = t.delta * t.u;
     if constexpr (F::kParts == 1) {
-      const bool whole = p.state.n == 1 && p.states % kLanes<A> == 0;
-      if (whole && p.A.dtype == p.accumulator && (p.A.n == 1 || p.A.n == 0)) {
-        Vec<A> sum{};
-        visit_dtype(p.state.dtype, [&]<class State>() { sum = advance_along_states<State>(c, row, delta, x, w); });
-        return sum;
+      if (p.states % kLanes<A> == 0) {
+        const bool one = p.states == kLanes<A>;
+        t.sum = one ? advance_along_states<kLanes<A>>(t.c, row, t.delta, x, w)
+                    : advance_along_states<0>(t.c, row, t.delta, x, w);
+        return;
       }
     }
-    return advance_along_channels(c, row, delta, x, w);
+    t.sum = advance_along_channels(t.c, row, t.delta, x, w);
   }
 
-  template <class State>
+  // kStates: N where it is known when this is compiled, else 0.
+  template <int kStates>
   Vec<A> advance_along_states(const Channels& c, int64_t row, Vec<A> delta_of, Vec<A> x_of, Workspace& w) const {
-    const int64_t lane = along_heads ? p.state.h : p.state.p, A_lane = along_heads ? p.A.h : p.A.p;
-    State* h = static_cast<State*>(p.state.data) + row * p.state.b + c.h * p.state.h + c.p * p.state.p;
-    const A* a = static_cast<const A*>(p.A.data) + c.h * p.A.h + c.p * p.A.p;
-    const int64_t N = p.states;
-    const bool two_exp = p.two_exp, tied = p.A.n == 0;
+    const int64_t N = kStates ? kStates : p.states;
+    const bool two_exp = p.two_exp, tied = p.A.n == 0 && p.A.dtype == p.accumulator;  // one number for all states
+    const Rows state = rows_of(p.state, c, row, p.state.n == 1, w.h);
+    const Rows A_rows = rows_of(p.A, c, 0, p.A.n == 1 || tied, w.A_of);
     const A *const B = w.B, *const C = w.C;
-    A deltas[kLanes<A>], xs[kLanes<A>];
+    alignas(kVectorBytes) A deltas[kLanes<A>], xs[kLanes<A>];
     store<A>(deltas, delta_of * kLog2E<A>);
     store<A>(xs, x_of);
-    Vec<A> sums[kLanes<A>] = {};
-    for (int i = 0; i < c.lanes; ++i, h += lane, a += A_lane) {
+    Vec<A> sums[kLanes<A>];
+    A* h = state.data;
+    const A* a = A_rows.data;
+    const auto advance_channel = [&](int i) {
       const Vec<A> delta = splat(deltas[i]), x = splat(xs[i]);
-      Vec<A> sum{};
+      Vec<A> decays = tied ? decay<F>(two_exp, delta, splat(*a)) : Vec<A>{}, sum{};
       for (int64_t n = 0; n < N; n += kLanes<A>) {
         prefetch_write(h + n, kPrefetchBytes);
-        const Vec<A> decays = decay<F>(two_exp, delta, tied ? splat(*a) : load<A>(a + n));
+        if (!tied) decays = decay<F>(two_exp, delta, load<A>(a + n));
         const Vec<A> next = madd(decays, load<A>(h + n), x * load<A>(B + n));  // [state]
         store<A>(h + n, next);
         sum = madd(next, load<A>(C + n), sum);  // [out]
       }
       sums[i] = sum;
+      h += state.lane, a += A_rows.lane;
+    };
+    if (c.lanes == kLanes<A>) {
+      for (int i = 0; i < kLanes<A>; ++i) advance_channel(i);
+    } else {
+      for (int i = 0; i < kLanes<A>; ++i) sums[i] = Vec<A>{};
+      for (int i = 0; i < c.lanes; ++i) advance_channel(i);
     }
+    if (state.data == w.h) scatter(w.h, c, row);
     return sums_of_lanes<A>(sums);
+  }
+
+  // The N states of each channel one after another, `lane` apart: in x itself, or else gathered.
+  struct Rows {
+    A* data;
+    int64_t lane;
+  };
+  Rows rows_of(const PerState& x, const Channels& c, int64_t row, bool in_order, A* gathered) const {
+    const Plane first = by_state(x, c, row, 0);
+    if (in_order && x.dtype == p.accumulator) return {static_cast<A*>(first.data), first.step};
+    for (int64_t n = 0; n < p.states; n += kLanes<A>)
+      load_tile<A>(by_state(x, c, row, n), kLanes<A>, c.lanes, gathered + n, p.states);
+    return {gathered, p.states};
+  }
+  void scatter(const A* gathered, const Channels& c, int64_t row) const {
+    for (int64_t n = 0; n < p.states; n += kLanes<A>)
+      store_tile<A>(gathered + n, by_state(p.state, c, row, n), kLanes<A>, c.lanes, p.states);
+  }
+  // Lanes are states from n on, elements are channels.
+  Plane by_state(const PerState& x, const Channels& c, int64_t row, int64_t n) const {
+    const int64_t offset = row * x.b + c.h * x.h + c.p * x.p + n * x.n;
+    return plane(x.data, x.dtype, offset, x.n, along_heads ? x.h : x.p);
   }
 
   Vec<A> advance_along_channels(const Channels& c, int64_t row, Vec<A> delta, Vec<A> x, Workspace& w) const {

@@ -197,22 +197,25 @@ __global__ void __launch_bounds__(kTile<R, kPlain>.warps* kWarpSize, kTile<R, kP
   }
 }
 
-// From what every segment does to a state, the states that enter them, in place.
+// From what every segment does to a state or a gradient, those that enter them, in place (warp.cuh).
 // thread   one state of one channel and batch row; segments one after another
-template <typename R, bool kComplex>
+template <typename S>
 __global__ void __launch_bounds__(kCarryThreads, 2)
-    carry_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ Cut cut) {
-  using S = Scalar<R, kComplex>;
-  constexpr int kParts = kComplex ? 2 : 1, kAtOnce = 16 / sizeof(S);  // segments whose loads are in flight
-  const auto [bn, d] = divide(global_thread(), p.channels);
-  const auto [b, n] = divide(bn, p.states);
-  if (b >= p.sequences.batch) return;
-  const int64_t step = p.states * kParts * p.channels;
-  R* states = static_cast<R*>(p.workspace) + (b * cut.segments * p.states + n) * kParts * p.channels + d;
-  const R* decays = states + segment_elements(p, cut);
+    carry_kernel(const __grid_constant__ Inputs in, const __grid_constant__ Cut cut, void* workspace,
+                 const int64_t states_at, const int64_t decays_at, const bool last_first) {
+  using R = Real<S>;
+  constexpr int kParts = sizeof(S) / sizeof(R), kAtOnce = 16 / sizeof(S);  // segments whose loads are in flight
+  const auto [bn, d] = divide(global_thread(), in.channels);
+  const auto [b, n] = divide(bn, in.states);
+  if (b >= in.sequences.batch) return;
+  const int64_t row = in.states * kParts * in.channels, step = last_first ? -row : row;
+  const int64_t first_segment = b * cut.segments + (last_first ? cut.segments - 1 : 0);
+  const int64_t start = first_segment * row + n * kParts * in.channels + d;
+  R* const states = static_cast<R*>(workspace) + states_at + start;
+  const R* const decays = static_cast<R*>(workspace) + decays_at + start;
   const auto load_scalar = [&](const R* from) -> S {
-    if constexpr (kComplex)
-      return {load(from), load(from + p.channels)};
+    if constexpr (kIsComplex<S>)
+      return {load(from), load(from + in.channels)};
     else
       return load(from);
   };
@@ -230,8 +233,8 @@ __global__ void __launch_bounds__(kCarryThreads, 2)
       if (first + i >= cut.segments) continue;
       R* to = states + (first + i) * step;
       bool nothing_left;
-      if constexpr (kComplex) {
-        store(to, entering.re), store(to + p.channels, entering.im);
+      if constexpr (kIsComplex<S>) {
+        store(to, entering.re), store(to + in.channels, entering.im);
         nothing_left = isnan(decay[i].re) || (entering.re == R(0) && entering.im == R(0));
       } else {
         store(to, entering);
@@ -258,26 +261,29 @@ __global__ void __launch_bounds__(kCarryThreads, 4)
 struct Instance {
   Kind kind;
   void (*scan)(FwdParams, Cut, bool);
-  void (*carry)(FwdParams, Cut);
+  void (*carry)(Inputs, Cut, void*, int64_t, int64_t, bool);
 };
 
 constexpr Instance kInstances[] = {
-    {Kind::kSlice4, fwd_kernel<float, false, 1, true>, carry_kernel<float, false>},
-    {Kind::kSlice8, fwd_kernel<float, false, 2, true>, carry_kernel<float, false>},
-    {Kind::kSlice16, fwd_kernel<float, false, 4, true>, carry_kernel<float, false>},
-    {Kind::kGeneral, fwd_kernel<float, false, 4, false>, carry_kernel<float, false>},
-    {Kind::kDouble, fwd_kernel<double, false, 4, false>, carry_kernel<double, false>},
-    {Kind::kComplex, fwd_kernel<float, true, 4, false>, carry_kernel<float, true>},
-    {Kind::kComplexDouble, fwd_kernel<double, true, 4, false>, carry_kernel<double, true>},
+    {Kind::kSlice4, fwd_kernel<float, false, 1, true>, carry_kernel<float>},
+    {Kind::kSlice8, fwd_kernel<float, false, 2, true>, carry_kernel<float>},
+    {Kind::kSlice16, fwd_kernel<float, false, 4, true>, carry_kernel<float>},
+    {Kind::kGeneral, fwd_kernel<float, false, 4, false>, carry_kernel<float>},
+    {Kind::kDouble, fwd_kernel<double, false, 4, false>, carry_kernel<double>},
+    {Kind::kComplex, fwd_kernel<float, true, 4, false>, carry_kernel<Complex<float>>},
+    {Kind::kComplexDouble, fwd_kernel<double, true, 4, false>, carry_kernel<Complex<double>>},
 };
 static_assert(std::size(kInstances) + 4 + 1 == kFwdKernels);
+
+const Instance& instance_of(Kind kind) {
+  return find_instance(kInstances, "selective_scan_fwd", [&](const Instance& i) { return i.kind == kind; });
+}
 
 }  // namespace
 
 void fwd(const FwdParams& p, Stream stream) {
   const FwdPlan plan = plan_fwd(p);
-  const Instance& instance =
-      find_instance(kInstances, "selective_scan_fwd", [&](const Instance& i) { return i.kind == plan.kind; });
+  const Instance& instance = instance_of(plan.kind);
   if (p.last_state && (p.sequences.cu_seqlens || p.sequences.seq_idx || p.sequences.length == 0)) {
     pass_states(p, p.initial_state, p.last_state, stream);
   }
@@ -288,14 +294,18 @@ void fwd(const FwdParams& p, Stream stream) {
                     .stream = stream};
   if (plan.cut.segments > 1) {
     launch(scan, instance.scan, p, plan.cut, true);
-    const int64_t carried = p.sequences.batch * p.states * p.channels;
-    launch({.name = "selective_scan_fwd_carry",
-            .grid = {ceil_div(carried, kCarryThreads)},
-            .threads = kCarryThreads,
-            .stream = stream},
-           instance.carry, p, plan.cut);
+    carry_over_segments(p, plan.cut, p.workspace, 0, segment_elements(p, plan.cut), false, stream);
   }
   launch(scan, instance.scan, p, plan.cut, false);
+}
+
+void carry_over_segments(const Inputs& in, const Cut& cut, void* workspace, int64_t states, int64_t decays,
+                         bool last_first, Stream stream) {
+  launch({.name = "selective_scan_carry",
+          .grid = {ceil_div(in.sequences.batch * in.states * in.channels, kCarryThreads)},
+          .threads = kCarryThreads,
+          .stream = stream},
+         instance_of(pick_kind(in)).carry, in, cut, workspace, states, decays, last_first);
 }
 
 void pass_states(const Inputs& in, const Array& from, const Array& to, Stream stream) {

@@ -87,10 +87,10 @@ constexpr int64_t bwd_workspace_bytes(const BwdParams& p) {
 void bwd_carry(const BwdParams& p, const BwdPlan& plan, Stream stream);
 void bwd_reduce(const BwdParams& p, const BwdPlan& plan, Stream stream);
 
-// Kernel instances: one for each kind; for each scalar the carries that leave segments, and those that enter them; for
-// each accumulator the sums of parameters, and of dB and dC.
+// Kernel instances: one for each kind; for each scalar the carries that leave segments; for each accumulator
+// the sums of parameters, and of dB and dC.
 constexpr int kBwdKernels = 7;
-constexpr int kBwdCarryKernels = 2 * 4;
+constexpr int kBwdCarryKernels = 4;
 constexpr int kBwdReduceKernels = 2 * 2;
 
 }  // namespace seqkern::selective_scan::cuda

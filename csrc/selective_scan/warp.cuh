@@ -237,11 +237,11 @@ __device__ __forceinline__ void for_each_in_column(int channel, F&& f) {
 // Walks through the elements of a (B, D, L) tensor that a warp has in a tile, 16 bytes at a time: f(elements, slow,
 // fast, whole), for `fast` and the places after it. `fast` counts along the contiguous dimension, time by place from
 // the lowest address or channels. Where not `whole`, elements are not aligned and some may not exist.
-template <typename T, typename F>
+template <int kUnroll, typename T, typename F>
 __device__ __forceinline__ void for_each_in_tile(T* data, const Strides& stride, const WarpPlace& warp,
                                                  const TimeTile& time, F&& f) {
   constexpr int kCount = kVectorCount<T>, kVectors = kWarpChannels / kCount;
-  [[maybe_unused]] constexpr int kAtOnce = sizeof(T) == 8 ? 1 : 4;  // fp64 is not worth the code
+  [[maybe_unused]] constexpr int kAtOnce = sizeof(T) == 8 ? 1 : kUnroll;  // fp64 is not worth the code
   const int lane = threadIdx.x % kWarpSize;
   const int64_t step = stride.l == 1 ? stride.d : stride.l;
   T* base = data + warp.b * stride.b + warp.channel * stride.d + time.lowest * stride.l;
@@ -262,7 +262,7 @@ __device__ __forceinline__ void load_tile(DataTile<R>& tile, const Data& x, cons
   visit(Array{x.data, x.dtype}, [&]<typename T>(const T* data) {
     constexpr int kCount = kVectorCount<T>;
     constexpr int kStored = kCount < kVectorCount<R> ? kCount : kVectorCount<R>, kFour = kCount < 4 ? kCount : 4;
-    for_each_in_tile(data, x.stride, warp, time, [&](const T* from, int slow, int fast, bool whole) {
+    for_each_in_tile<4>(data, x.stride, warp, time, [&](const T* from, int slow, int fast, bool whole) {
       Vector<T, kCount> v;
       if (whole) {
         v = load<kCount>(from);
@@ -293,7 +293,7 @@ __device__ __forceinline__ void load_tile(DataTile<R>& tile, const Data& x, cons
   });
 }
 
-// The reverse.
+// The reverse. Nothing waits for stores: fewer of them need to be under way.
 template <typename R>
 __device__ __forceinline__ void store_tile(const DataTile<R>& tile, const Data& x, const WarpPlace& warp,
                                            const TimeTile& time) {
@@ -301,7 +301,7 @@ __device__ __forceinline__ void store_tile(const DataTile<R>& tile, const Data& 
   visit(Array{x.data, x.dtype}, [&]<typename T>(T* data) {
     constexpr int kCount = kVectorCount<T>;
     constexpr int kLoaded = kCount < kVectorCount<R> ? kCount : kVectorCount<R>, kFour = kCount < 4 ? kCount : 4;
-    for_each_in_tile(data, x.stride, warp, time, [&](T* out, int slow, int fast, bool whole) {
+    for_each_in_tile<2>(data, x.stride, warp, time, [&](T* out, int slow, int fast, bool whole) {
       Vector<T, kCount> v;
       if (along_time) {
 #pragma unroll
@@ -469,6 +469,12 @@ struct Marks {
     return later ? min(__ffs(static_cast<int>(later)) - 1, count) : count;
   }
 };
+
+// What segments do to a state that enters them: it leaves as decay h + added. From what is added and the
+// decays, NaN where nothing of h is left, accumulators (B, segments, N, parts, D) at two offsets of the workspace, to
+// the states that enter segments, in place of what is added. `last_first`: from the last segment on, for gradients.
+void carry_over_segments(const Inputs& in, const Cut& cut, void* workspace, int64_t states, int64_t decays,
+                         bool last_first, Stream stream);
 
 // Of rows whose sequence has no tokens: `to` (sequences.count, D, N, parts) becomes `from`, or zero where that is
 // absent.

@@ -448,6 +448,45 @@ bool run_bad_cu_seqlens(bool split, std::mt19937& random) {
   return ok;
 }
 
+// Infinity reaches all tokens that follow, also over segments whose decays have a product of 0.
+bool run_infinite() {
+  Case c{};
+  c.B = 1, c.D = 4, c.L = 200, c.N = 5, c.groups_B = c.groups_C = 1;
+  Tokens u(c.dtype, c, false), delta(c.dtype, c, false), y(c.dtype, c, false), dy(c.dtype, c, false);
+  Tokens du(c.dtype, c, false), ddelta(c.dtype, c, false);
+  Parameter B(c.dtype, c, 1, false), dB(c.dtype, c, 1, false), dC(c.dtype, c, 1, false);
+  Inputs in{};
+  in.sequences.batch = in.sequences.count = 1, in.sequences.length = c.L;
+  Buffer A(c.dtype, c.D * c.N), dA(c.dtype, A.size), checkpoints(c.dtype, num_chunks(in.sequences) * A.size);
+  for (Buffer* buffer : {static_cast<Buffer*>(&u), static_cast<Buffer*>(&dy), static_cast<Buffer*>(&B)}) {
+    buffer->fill([](int64_t) { return 1; });
+  }
+  delta.fill([](int64_t) { return 10; }), A.fill([](int64_t) { return -1; });
+  in.channels = c.D, in.states = c.N, in.split_time = true;
+  in.u = u.data(), in.delta = delta.data(), in.A = A.array, in.B = in.C = B.p;
+  FwdParams fwd{in, y.data()};
+  fwd.checkpoints = checkpoints.array.data;
+  const Buffer fwd_workspace(DType::kFloat64, (cuda::fwd_workspace_bytes(fwd) + 7) / 8);
+  fwd.workspace = fwd_workspace.array.data;
+  cuda::fwd(fwd, {});
+  BwdParams bwd{};
+  static_cast<Inputs&>(bwd) = in;
+  bwd.dy = dy.data(), bwd.checkpoints = checkpoints.array.data;
+  bwd.du = du.data(), bwd.ddelta = ddelta.data(), bwd.dA = dA.array, bwd.dB = dB.p, bwd.dC = dC.p;
+  const Buffer bwd_workspace(DType::kFloat64, (cuda::bwd_workspace_bytes(bwd) + 7) / 8);
+  bwd.workspace = bwd_workspace.array.data;
+  for (int64_t d = 0; d < c.D; ++d) dy.set(dy.place(0, d, c.L - 1), INFINITY);
+  cuda::bwd(bwd, {});
+  for (int64_t d = 0; d < c.D; ++d) u.set(u.place(0, d, 0), INFINITY);
+  cuda::fwd(fwd, {});
+  int64_t finite = 0;
+  for (const Tokens* tokens : {&y, &du}) {
+    for (int64_t i = 0; i < tokens->size; ++i) finite += std::isfinite((*tokens)[i]);
+  }
+  if (finite > 0) std::printf("infinity: %ld results are finite\n", finite);
+  return finite == 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -496,6 +535,7 @@ int main(int argc, char** argv) {
     }
   }
   for (const bool split : {false, true}) check([&] { return run_bad_cu_seqlens(split, random); });
+  check(run_infinite);
   std::printf("%d of %d cases failed\n", failures, cases);
   return failures > 0;
 }
