@@ -312,6 +312,9 @@ inline Vec<A> load(const T* p) {
 template <class A, class T>
 inline Vec<A> load(const T* p, int n) {
   if (n >= kLanes<A>) return load<A>(p);
+#if defined(__AVX512F__)
+  if constexpr (kSame<A, T> && kSame<T, float>) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#endif
   T whole[kLanes<A>] = {};
   __builtin_memcpy(whole, p, static_cast<size_t>(n) * sizeof(T));
   return load<A>(whole);
@@ -360,6 +363,10 @@ inline void finish_streams() {
 template <class A, class T>
 inline void store(T* p, Vec<A> v, int n) {
   if (n >= kLanes<A>) return store<A>(p, v);
+#if defined(__AVX512F__)
+  if constexpr (kSame<A, T> && kSame<T, float>)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+#endif
   T whole[kLanes<A>];
   store<A>(whole, v);
   __builtin_memcpy(p, whole, static_cast<size_t>(n) * sizeof(T));

@@ -63,9 +63,13 @@ struct Step {
     if (groups == 0 ? p.heads != 0 : p.heads % groups != 0)
       check.fail(name, " must have a number of groups G that divides ", headed ? "H=" : "D=", p.heads,
                  ", got G=", groups);
-    return {
-        t.data_ptr(),    check.floating(name, t), t.stride(0), grouped ? t.stride(1) : 0, 0, t.stride(grouped ? 2 : 1),
-        groups == 0 ? 1 : p.heads / groups};
+    return {t.data_ptr(),
+            check.floating(name, t),
+            t.stride(0),
+            grouped ? t.stride(1) : 0,
+            0,
+            t.stride(grouped ? 2 : 1),
+            groups == 0 ? 1 : p.heads / groups};
   }
 };
 
