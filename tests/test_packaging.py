@@ -158,7 +158,7 @@ def test_audit_finds_what_is_wrong(tools, tmp_path):
         'extern "C" void* PyLong_FromLong(long);\n'
         "namespace at { void add(int); }\n"
         f'const char* where = "{ROOT}/bad.cpp";\n'
-        "void* exported() { at::add(1); return PyLong_FromLong(where[0]); }\n"
+        'void* exported() { at::add(1); asm("pxor %mm0, %mm0"); return PyLong_FromLong(where[0]); }\n'
     )
     subprocess.run(["g++", "-shared", "-fPIC", source, "-o", bad, "-Wl,-rpath,/opt/lib"], check=True)
     failed = {check.name for check in audit.audit(bad) if not check.ok}
@@ -169,6 +169,7 @@ def test_audit_finds_what_is_wrong(tools, tmp_path):
         "only the stable C functions of torch",
         "exports nothing",
         "no path of the build machine",
+        "uses no MMX register",
     }
 
 

@@ -70,6 +70,12 @@ def check_build_paths(library):
     yield Check("no path of the build machine", not leaks, "; ".join(leaks[:5]))
 
 
+def check_mmx(library):
+    """A function that leaves MMX registers in use makes the caller's x87 arithmetic, such as fmod, return NaN."""
+    used = [line.strip() for line in _lines("objdump", "-d", "--no-show-raw-insn", str(library)) if "%mm" in line]
+    yield Check("uses no MMX register", not used, "; ".join(used[:3]))
+
+
 def check_torch_versions(library):
     name = "torch-abi-audit finds a stable ABI of torch 2.11"
     if importlib.util.find_spec("torch_abi_audit") is None:
@@ -106,6 +112,7 @@ def audit(library, objects=None):
     yield from check_undefined_symbols(library)
     yield from check_exports(library)
     yield from check_build_paths(library)
+    yield from check_mmx(library)
     yield from check_torch_versions(library)
     if objects is not None:
         yield from check_isa_objects(objects)
