@@ -66,6 +66,12 @@ __device__ __forceinline__ Complex<R> fma(std::type_identity_t<R> a, Complex<R> 
   return {fma(a, b.re, c.re), fma(a, b.im, c.im)};
 }
 
+// a b + c under the name that CPU kernels have for it: for code that both share.
+template <typename S>
+__device__ __forceinline__ S madd(S a, S b, S c) {
+  return fma(a, b, c);
+}
+
 __device__ __forceinline__ float conj(float a) {
   return a;
 }
