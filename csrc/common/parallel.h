@@ -9,6 +9,9 @@ namespace seqkern {
 void parallel_for(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
                   void* context) noexcept;
 
+// How many threads it may use.
+int64_t num_threads() noexcept;
+
 namespace {
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {

@@ -12,6 +12,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <xmmintrin.h>
 #endif
 
 #include "common/dtype.h"
@@ -173,6 +175,17 @@ inline void split_columns(const Vec<A>* rows, Vec<A>* columns) {
   if constexpr (kPart + 1 < kCount) split_columns<kCount, A, kPart + 1>(rows, columns);
 }
 
+// Rows of two elements, which are the lanes of a and b.
+template <int kLanes, int kVector>
+struct Interleaved {
+  static constexpr int of(int i) { return i % 2 * kLanes + (kVector * kLanes + i) / 2; }
+};
+template <class A>
+inline void interleave(Vec<A> a, Vec<A> b, Vec<A>* rows) {
+  rows[0] = shuffle<Interleaved<kLanes<A>, 0>>(a, b, typename IndicesBelow<kLanes<A>>::type{});
+  rows[1] = shuffle<Interleaved<kLanes<A>, 1>>(a, b, typename IndicesBelow<kLanes<A>>::type{});
+}
+
 // Exchanges of lanes between the vectors `a` and `b` whose numbers differ in the bit kBit. First: of each pair of lanes
 // whose numbers differ in that bit, the lower ones of a and b; second: the upper ones.
 template <int kLanes, int kBit, bool kUpper>
@@ -312,10 +325,15 @@ inline Vec<A> load(const T* p) {
 template <class A, class T>
 inline Vec<A> load(const T* p, int n) {
   if (n >= kLanes<A>) return load<A>(p);
-#if defined(__AVX512F__)
-  if constexpr (kSame<A, T> && kSame<T, float>) return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
-#endif
   T whole[kLanes<A>] = {};
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (kSame<A, float> && kSame<T, float>) return _mm512_maskz_loadu_ps(mask, p);
+  if constexpr (kSame<A, float> && sizeof(T) == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(mask, p));
+    return load<A>(whole);
+  }
+#endif
   __builtin_memcpy(whole, p, static_cast<size_t>(n) * sizeof(T));
   return load<A>(whole);
 }
@@ -363,12 +381,16 @@ inline void finish_streams() {
 template <class A, class T>
 inline void store(T* p, Vec<A> v, int n) {
   if (n >= kLanes<A>) return store<A>(p, v);
-#if defined(__AVX512F__)
-  if constexpr (kSame<A, T> && kSame<T, float>)
-    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
-#endif
   T whole[kLanes<A>];
+#if defined(__AVX512F__)
+  const auto mask = static_cast<__mmask16>((1u << n) - 1);
+  if constexpr (kSame<A, float> && kSame<T, float>) return _mm512_mask_storeu_ps(p, mask, v);
+#endif
   store<A>(whole, v);
+#if defined(__AVX512F__)
+  if constexpr (kSame<A, float> && sizeof(T) == 2)
+    return _mm256_mask_storeu_epi16(p, mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole)));
+#endif
   __builtin_memcpy(p, whole, static_cast<size_t>(n) * sizeof(T));
 }
 
@@ -408,6 +430,23 @@ inline void prefetch_write(const void* p, int64_t bytes) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(bytes)), 1);
 }
 
+// While it lives, numbers below the normal range are 0 to this thread: processors are slow at them.
+class FlushSubnormals {
+ public:
+#if defined(__SSE2__)
+  FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | kZeroInputs | kZeroResults); }
+  ~FlushSubnormals() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kZeroInputs = 0x40, kZeroResults = 0x8000;
+  const unsigned before_;
+#else
+  FlushSubnormals() {}
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+};
+
 // One allocation cut into arrays that start on cache lines.
 class Scratch {
  public:
@@ -434,6 +473,24 @@ class Scratch {
   static constexpr int64_t kLine = 64;
   char* memory_;
   char* next_;
+};
+
+// Arrays in one allocation: arrays.allocate(call, take) gets each from take(count), a first time to count bytes only.
+template <class A, class Arrays>
+struct InScratch : Arrays {
+  template <class Call>
+  explicit InScratch(const Call& call) : scratch_(bytes(call)) {
+    Arrays::allocate(call, [&](int64_t count) { return scratch_.template take<A>(count); });
+  }
+
+ private:
+  template <class Call>
+  int64_t bytes(const Call& call) {
+    int64_t sum = 0;
+    Arrays::allocate(call, [&](int64_t count) -> A* { return sum += Scratch::bytes_of<A>(count), nullptr; });
+    return sum;
+  }
+  Scratch scratch_;
 };
 
 }  // namespace

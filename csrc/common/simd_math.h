@@ -55,14 +55,22 @@ inline Float reciprocal(Float x) {
 #endif
 }
 
+// exp(x) to 3e-7 of its value, for any x <= 0. exp(0) is 1.
+[[gnu::always_inline]] inline Float exp_of_negative(Float x) {
+  x = x < -110.f ? splat(-110.f) : x;  // exp is 0 below; false for NaN, which stays
+  const Float whole = (x * kLog2E<float> + 0x1.8p23f) - 0x1.8p23f;
+  Float rest = madd(whole, splat(-0.693359375f), x);  // x - log(2) whole; this product is exact
+  rest = madd(whole, splat(2.12194440e-4f), rest);
+  return exp2_of_parts(whole, rest * kLog2E<float>);
+}
+inline Double exp_of_negative(Double x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
 // log(1 + exp(x)), above 20 x itself: to 4e-7 of its value.
 [[gnu::always_inline]] inline Float softplus(Float x) {
-  Float magnitude = x < 0 ? x : -x;
-  magnitude = magnitude < -110.f ? splat(-110.f) : magnitude;  // exp is 0 below; false for NaN, which stays
-  const Float whole = (magnitude * kLog2E<float> + 0x1.8p23f) - 0x1.8p23f;
-  Float rest = madd(whole, splat(-0.693359375f), magnitude);  // magnitude - log(2) whole; this product is exact
-  rest = madd(whole, splat(2.12194440e-4f), rest);
-  const Float e = exp2_of_parts(whole, rest * kLog2E<float>);
+  const Float e = exp_of_negative(x < 0 ? x : -x);
   // log(1 + e) = 2 atanh(s) = 2 s + s^3 (2/3 + 2/5 s^2 + ...), minimax for e in [0, 1]
   const Float s = e * reciprocal(e + 2.f), q = s * s;
   Float p = madd(splat(0.280244588f), q, splat(0.279991411f));

@@ -149,4 +149,28 @@ std::vector<Run> host_runs(const Checker& check, const Sequences& s) {
   return runs;
 }
 
+std::vector<Run> cut_at_resets(const std::vector<Run>& runs, const Sequences& s, const bool* reset) {
+  std::vector<Run> cut;
+  for (const Run& run : runs) {
+    if (run.padding || run.begin == run.end) {
+      cut.push_back(run);
+      continue;
+    }
+    const bool* const resets = reset + run.b * s.length;
+    const size_t lowest = cut.size();
+    Run piece = {.b = run.b, .begin = run.begin, .end = run.end, .initial = -1, .final = -1, .padding = false};
+    for (int64_t t = run.begin; t < run.end; ++t) {
+      const int64_t at = s.reverse ? t + 1 : t;
+      if (!resets[t] || at <= piece.begin || at >= run.end) continue;
+      piece.end = at;
+      cut.push_back(piece);
+      piece.begin = at, piece.end = run.end;
+    }
+    cut.push_back(piece);
+    if (!resets[s.reverse ? run.end - 1 : run.begin]) (s.reverse ? cut.back() : cut[lowest]).initial = run.initial;
+    (s.reverse ? cut[lowest] : cut.back()).final = run.final;
+  }
+  return cut;
+}
+
 }  // namespace seqkern

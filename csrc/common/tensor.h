@@ -74,6 +74,9 @@ struct Packing {
 // Raises where cu_seqlens does not start at 0, decreases, or does not end at L.
 std::vector<Run> host_runs(const Checker& check, const Sequences& sequences);
 
+// The same runs, cut so that each token whose reset (B, L) is true begins one that no state enters.
+std::vector<Run> cut_at_resets(const std::vector<Run>& runs, const Sequences& sequences, const bool* reset);
+
 // Rows of a state pool of `rows` rows that the B batch rows of a step own: (B,) int32 or int64, contiguous.
 struct StateIndices {
   std::optional<Tensor> indices;

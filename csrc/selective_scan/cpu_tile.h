@@ -17,24 +17,6 @@ inline int64_t round_up(int64_t x, int64_t unit) {
   return (x + unit - 1) / unit * unit;
 }
 
-// Arrays in one allocation: arrays.allocate(call, take) gets each from take(count), a first time to count bytes only.
-template <class A, class Arrays>
-struct InScratch : Arrays {
-  template <class Call>
-  explicit InScratch(const Call& call) : scratch_(bytes(call)) {
-    Arrays::allocate(call, [&](int64_t count) { return scratch_.template take<A>(count); });
-  }
-
- private:
-  template <class Call>
-  int64_t bytes(const Call& call) {
-    int64_t sum = 0;
-    Arrays::allocate(call, [&](int64_t count) -> A* { return sum += Scratch::bytes_of<A>(count), nullptr; });
-    return sum;
-  }
-  Scratch scratch_;
-};
-
 // Element i of lane c is at data[c lane + i step].
 struct Plane {
   void* data;

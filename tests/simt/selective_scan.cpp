@@ -5,16 +5,10 @@
 //
 // EVERY should have no factor in common with 2, 3, 5 and 7, the lengths of the lists: then it reaches all their
 // entries.
-#include <cmath>
-#include <complex>
-#include <cstdio>
 #include <cstdlib>
-#include <memory>
 #include <random>
-#include <string>
-#include <vector>
 
-#include "common/array.cuh"
+#include "buffer.h"
 #include "common/simt/runtime.h"
 #include "selective_scan/params.h"
 #include "selective_scan/tile.h"
@@ -24,9 +18,12 @@ namespace {
 
 using namespace seqkern;
 using namespace seqkern::selective_scan;
+using naive::Buffer;
+using naive::Complex;
+using naive::difference;
 using naive::Packing;
+using naive::passes;
 using naive::Sequence;
-using Complex = std::complex<double>;
 using Complexes = std::vector<Complex>;
 
 struct Case {
@@ -36,47 +33,13 @@ struct Case {
   bool complex, softplus, two_exp, skip, gate, bias, states, reverse, split;
 
   std::string text() const {
-    const char* dtypes[] = {"fp32", "bf16", "fp16", "fp64"};
     char line[256];
-    std::snprintf(line, sizeof line, "%s B=%ld D=%ld L=%ld N=%ld G=%ld,%ld %s%s%s%s%s%s%s%s%s%s",
-                  dtypes[static_cast<int>(dtype)], B, D, L, N, groups_B, groups_C, naive::text(packing),
-                  complex ? " complex" : "", softplus ? " softplus" : "", two_exp ? " two_exp" : "", skip ? " D" : "",
-                  gate ? " z" : "", bias ? " bias" : "", states ? " states" : "", reverse ? " reverse" : "",
-                  split ? " split" : "");
+    std::snprintf(line, sizeof line, "%s B=%ld D=%ld L=%ld N=%ld G=%ld,%ld %s%s%s%s%s%s%s%s%s%s", naive::text(dtype), B,
+                  D, L, N, groups_B, groups_C, naive::text(packing), complex ? " complex" : "",
+                  softplus ? " softplus" : "", two_exp ? " two_exp" : "", skip ? " D" : "", gate ? " z" : "",
+                  bias ? " bias" : "", states ? " states" : "", reverse ? " reverse" : "", split ? " split" : "");
     return line;
   }
-};
-
-double epsilon(DType dtype) {
-  return dtype == DType::kBFloat16  ? 0x1p-8
-         : dtype == DType::kFloat16 ? 0x1p-11
-         : dtype == DType::kFloat32 ? 0x1p-24
-                                    : 0x1p-53;
-}
-
-// Memory of exactly this many elements, filled with NaN: address checks see one element too far, results one too few.
-struct Buffer {
-  std::unique_ptr<unsigned char[]> bytes;
-  Array array;
-  int64_t size;
-
-  Buffer(DType dtype, int64_t n) : bytes(new unsigned char[n * size_of(dtype)]), array{bytes.get(), dtype}, size(n) {
-    for (int64_t i = 0; i < n; ++i) set(i, NAN);
-  }
-  double operator[](int64_t i) const {
-    double value = 0;
-    visit(array, [&](const auto* data) { value = to<double>(data[i]); });
-    return value;
-  }
-  void set(int64_t i, double value) {
-    visit(array, [&]<typename T>(T* data) { data[i] = to<T>(value); });
-  }
-  template <typename Draw>
-  void fill(Draw&& draw) {
-    for (int64_t i = 0; i < size; ++i) set(i, draw(i));
-  }
-  // Element i of numbers that are pairs if `pairs`.
-  Complex at(int64_t i, bool pairs) const { return pairs ? Complex((*this)[2 * i], (*this)[2 * i + 1]) : (*this)[i]; }
 };
 
 // A (B, D, L) tensor in one of the two memory orders.
@@ -121,46 +84,15 @@ struct Parameter : Buffer {
   }
 };
 
-// What is wanted of a buffer.
-struct Wanted : std::vector<double> {
-  using std::vector<double>::vector;
-  double largest_term = 0;  // of sums that may cancel
-
-  explicit Wanted(const Buffer& of) : std::vector<double>(of.size) {}
-  void add(int64_t i, Complex value, bool pairs) {
-    if (!pairs) {
-      (*this)[i] += value.real();
-    } else {
-      (*this)[2 * i] += value.real(), (*this)[2 * i + 1] += value.imag();
-    }
-  }
+struct Wanted : naive::Wanted {
+  using naive::Wanted::add;
+  using naive::Wanted::Wanted;
   void add(const Parameter& to, int64_t b, int64_t d, int64_t n, int64_t t, Complex value) {
     const int64_t i = to.place(b, d, n, t);
     (*this)[i] += value.real();
     if (to.parts == 2) (*this)[i + to.imaginary()] += value.imag();
   }
 };
-
-// Largest difference, in units of what rounding to the type and sums in `accumulator` allow. Elements that are wanted
-// as NaN may hold anything.
-double difference(const Buffer& got, const Wanted& want, DType accumulator, double terms) {
-  double scale = want.largest_term, worst = 0;
-  for (const double value : want) scale = std::max(scale, std::isnan(value) ? 0 : std::abs(value));
-  for (int64_t i = 0; i < got.size; ++i) {
-    if (std::isnan(want[i]) || got[i] == want[i]) continue;
-    const double allowed = 1.5 * epsilon(got.array.dtype) * std::abs(want[i]) + terms * epsilon(accumulator) * scale +
-                           (got.array.dtype == DType::kFloat16 ? 0x1p-24 : 0);
-    const double difference = std::abs(got[i] - want[i]) / allowed;
-    if (!(difference <= worst)) worst = std::isnan(difference) ? INFINITY : difference;
-  }
-  return worst;
-}
-
-bool passes(const std::string& text, const char* name, double difference) {
-  if (difference <= 1) return true;
-  std::printf("%s: %s is off by %.3g times the tolerance\n", text.c_str(), name, difference);
-  return false;
-}
 
 // [delta] and its derivative
 struct Delta {
@@ -306,7 +238,7 @@ bool run(const Case& c, std::mt19937& random) {
   FwdParams fwd{in, y.data()};
   fwd.checkpoints = checkpoints.array.data;
   if (c.states) fwd.last_state = last.array;
-  const Buffer fwd_workspace(DType::kFloat64, (cuda::fwd_workspace_bytes(fwd) + 7) / 8);
+  const Buffer fwd_workspace = naive::workspace(cuda::fwd_workspace_bytes(fwd));
   fwd.workspace = fwd_workspace.array.data;
   cuda::fwd(fwd, {});
 
@@ -329,7 +261,7 @@ bool run(const Case& c, std::mt19937& random) {
   if (c.skip) bwd.dD = dskip.array;
   if (c.bias) bwd.ddelta_bias = dbias.array;
   if (c.states) bwd.dlast_state = dlast.array, bwd.dinitial_state = dinitial.array;
-  const Buffer bwd_workspace(DType::kFloat64, (cuda::bwd_workspace_bytes(bwd) + 7) / 8);
+  const Buffer bwd_workspace = naive::workspace(cuda::bwd_workspace_bytes(bwd));
   bwd.workspace = bwd_workspace.array.data;
   cuda::bwd(bwd, {});
 
@@ -428,7 +360,7 @@ bool run_bad_cu_seqlens(bool split, std::mt19937& random) {
     in.u = in.delta = u.data(), in.A = A.array, in.B = in.C = B.p, in.initial_state = states.array;
     FwdParams fwd{in, y.data()};
     fwd.last_state = out.array, fwd.checkpoints = checkpoints.array.data;
-    const Buffer fwd_workspace(DType::kFloat64, (cuda::fwd_workspace_bytes(fwd) + 7) / 8);
+    const Buffer fwd_workspace = naive::workspace(cuda::fwd_workspace_bytes(fwd));
     fwd.workspace = fwd_workspace.array.data;
     cuda::fwd(fwd, {});
     BwdParams bwd{};
@@ -436,7 +368,7 @@ bool run_bad_cu_seqlens(bool split, std::mt19937& random) {
     bwd.dy = u.data(), bwd.checkpoints = checkpoints.array.data, bwd.dlast_state = states.array;
     bwd.du = du.data(), bwd.ddelta = ddelta.data(), bwd.dA = dA.array, bwd.dB = dB.p, bwd.dC = dC.p;
     bwd.dinitial_state = out.array;
-    const Buffer bwd_workspace(DType::kFloat64, (cuda::bwd_workspace_bytes(bwd) + 7) / 8);
+    const Buffer bwd_workspace = naive::workspace(cuda::bwd_workspace_bytes(bwd));
     bwd.workspace = bwd_workspace.array.data;
     cuda::bwd(bwd, {});
     for (const Buffer* buffer : {static_cast<Buffer*>(&y), static_cast<Buffer*>(&du), static_cast<Buffer*>(&ddelta),
@@ -466,14 +398,14 @@ bool run_infinite() {
   in.u = u.data(), in.delta = delta.data(), in.A = A.array, in.B = in.C = B.p;
   FwdParams fwd{in, y.data()};
   fwd.checkpoints = checkpoints.array.data;
-  const Buffer fwd_workspace(DType::kFloat64, (cuda::fwd_workspace_bytes(fwd) + 7) / 8);
+  const Buffer fwd_workspace = naive::workspace(cuda::fwd_workspace_bytes(fwd));
   fwd.workspace = fwd_workspace.array.data;
   cuda::fwd(fwd, {});
   BwdParams bwd{};
   static_cast<Inputs&>(bwd) = in;
   bwd.dy = dy.data(), bwd.checkpoints = checkpoints.array.data;
   bwd.du = du.data(), bwd.ddelta = ddelta.data(), bwd.dA = dA.array, bwd.dB = dB.p, bwd.dC = dC.p;
-  const Buffer bwd_workspace(DType::kFloat64, (cuda::bwd_workspace_bytes(bwd) + 7) / 8);
+  const Buffer bwd_workspace = naive::workspace(cuda::bwd_workspace_bytes(bwd));
   bwd.workspace = bwd_workspace.array.data;
   for (int64_t d = 0; d < c.D; ++d) dy.set(dy.place(0, d, c.L - 1), INFINITY);
   cuda::bwd(bwd, {});

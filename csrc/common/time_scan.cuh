@@ -1,0 +1,556 @@
+// Scans over time of independent channels, on the paths of time_tile.h, for any recurrence.
+//
+// Time is processing time (sequences.cuh). An adjoint runs the other way: it scans over mirrored(sequences), whose
+// first tokens are the last ones, whose initial rows are the final ones, and in which a reset of token tau - 1 keeps
+// its state from token tau.
+//
+// A kernel makes a Recurrence for each thread, the tokens of one channel, and hands it to serial_scan or tile_scan. All
+// lanes of a warp call its functions together, also those without a channel: these read and store nothing.
+//
+//   using Real                       accumulators: float or double
+//   using Carry                      the state between two tokens: a struct of Reals
+//   using Element                    what several tokens do to a state: likewise
+//   struct Tokens                    a chunk in registers, on the way in and on the way out
+//   static constexpr int kTokens     of a chunk, at most 32
+//
+//   void fetch(int64_t tau)          starts the loads of tokens [tau, tau + kTokens); those after the row are not there
+//   Tokens take()                    what was fetched last, converted
+//   void store(const Tokens&, int64_t tau)
+//
+//   Element identity()               no token
+//   void extend(Element&, const Tokens&, int i)          token i after the element
+//   Element compose(const Element& later, const Element& earlier)
+//   Carry apply(const Element&, const Carry&)
+//   void advance(Carry&, const Tokens&, int i)           token i, nothing else
+//   void emit(Carry&, Tokens&, const Token&)             token i, and its outputs into Tokens
+//   void pad(Tokens&, int i)                             the outputs of a token of padding
+//   void leave(const Carry&, int64_t row)                the state that follows a sequence
+//   void expect(int64_t row)                             optional: before tokens of which the last has `row`
+//
+//   Carry initial(int64_t row, int64_t tau)   the state that enters a sequence at token tau; row -1: the empty one
+//   bool reads_initial(), reads_final()    whether rows of initial and final states matter
+//
+// The result of a tile does not depend on timing: a state that leaves tile j is always apply(element of tile j, state
+// that leaves tile j - 1), whoever computes it. Where a sequence begins, nothing of the state before it is used, not
+// even times zero.
+#pragma once
+
+#include "common/array.cuh"
+#include "common/complex.cuh"
+#include "common/grid.cuh"
+#include "common/load.cuh"
+#include "common/sequences.cuh"
+#include "common/time_tile.h"
+
+namespace seqkern::time_scan {
+
+__device__ __forceinline__ int lane_of() {
+  return threadIdx.x % kWarpSize;
+}
+__device__ __forceinline__ int warp_of() {
+  return threadIdx.x / kWarpSize;
+}
+
+__device__ __forceinline__ Sequences mirrored(Sequences s) {
+  s.reverse = !s.reverse;
+  return s;
+}
+
+// Where a thread is.
+struct Place {
+  int64_t chain, tile;
+  int64_t b, channel;
+  bool chain_exists, exists;
+
+  // On the serial path a warp is a chain; else a block is a tile of one, tiles of small index first: a block waits
+  // only for blocks that started before it.
+  __device__ __forceinline__ Place(const Cut& cut, int64_t channels) {
+    if (cut.path == Path::kSerial) {
+      chain = static_cast<int64_t>(blockIdx.x) * kSerialWarps + warp_of(), tile = 0;
+    } else {
+      const auto [later, of_tile] = divide(blockIdx.x, cut.chains);
+      chain = of_tile, tile = later;
+    }
+    const auto [row, block] = divide(chain, cut.chains_of_row);
+    b = row, channel = block * kChannels + lane_of();
+    chain_exists = chain < cut.chains, exists = chain_exists && channel < channels;
+  }
+};
+
+// Tokens of one channel in memory: numbers S, that of token tau at `first + tau step`, counted in S.
+
+struct Line {
+  Array array;
+  int64_t first = 0, step = 0;
+  int64_t length = 0;  // tokens
+  bool exists = false;
+
+  Line() = default;
+  // `channel`: where token t = 0 in memory lies; `l`: from one token to the next in memory.
+  __device__ __forceinline__ Line(const Array& array_, int64_t channel, int64_t l, const Sequences& s, bool exists)
+      : array(array_),
+        first(s.reverse ? channel + (s.length - 1) * l : channel),
+        step(s.reverse ? -l : l),
+        length(s.length),
+        exists(exists && array_) {}
+
+  // Of the `tokens` from tau on those that are there; a lane without a channel has none.
+  __device__ __forceinline__ int count(int64_t tau, int tokens) const {
+    return exists ? static_cast<int>(clamp(length - tau, 0, tokens)) : 0;
+  }
+};
+
+// Tokens on the way: as they lie in memory, so that nothing waits for them until they are decoded. (Types that
+// registers of R do not hold are converted at once.)
+template <typename S, int kTokens>
+struct Fetched {
+  static constexpr int kParts = sizeof(S) / sizeof(Real<S>);
+  template <typename T>
+  static constexpr bool kRaw = sizeof(T) == sizeof(Real<S>) || (sizeof(T) == 2 && sizeof(Real<S>) == 4);
+  struct Words {
+    uint32_t word[sizeof(S) / 4];
+  };
+  Words token[kTokens];
+
+  // Tokens [tau, tau + kTokens); where there is none, zero. Where all tokens are one number, it is loaded once.
+  __device__ __forceinline__ void fetch(const Line& line, int64_t tau) {
+    const int count = line.step == 0 ? line.count(tau, 1) : line.count(tau, kTokens);
+    const int64_t step = line.step * kParts;
+    visit(line.array, [&]<typename T>(const T* data) {
+      const T* from = data + (line.first + tau * line.step) * kParts;
+      if (count == kTokens) {  // as always but at the end of a row: no predicates, addresses one after the other
+#pragma unroll
+        for (int i = 0; i < kTokens; ++i, from += step) fetch(token[i], from);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kTokens; ++i) {
+          token[i] = {};
+          if (i >= count) continue;
+          fetch(token[i], from), from += step;
+        }
+      }
+    });
+  }
+
+  // f(i, number) for all tokens.
+  template <typename F>
+  __device__ __forceinline__ void decode(const Line& line, F&& f) const {
+    visit(line.array, [&]<typename T>(const T*) {
+      const int64_t step = line.step;
+      S first{};
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        S s;
+        if constexpr (kRaw<T>) {
+          Vector<T, kParts> v;
+          memcpy(&v, &token[i], sizeof(v));
+          const auto r = converted(v);
+          memcpy(static_cast<void*>(&s), &r, sizeof(s));
+        } else {
+          memcpy(static_cast<void*>(&s), &token[i], sizeof(s));
+        }
+        if (i == 0) first = s;
+        f(i, step == 0 ? first : s);
+      }
+    });
+  }
+
+ private:
+  template <typename T>
+  __device__ __forceinline__ static void fetch(Words& token, const T* from) {
+    const auto v = load<kParts>(from);
+    if constexpr (kRaw<T>) {
+      memcpy(&token, &v, sizeof(v));
+    } else {
+      const auto r = converted(v);
+      memcpy(&token, &r, sizeof(r));
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ static Vector<Real<S>, kParts> converted(const Vector<T, kParts>& v) {
+    Vector<Real<S>, kParts> r;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) r[part] = to<Real<S>>(v[part]);
+    return r;
+  }
+};
+
+// Number i of an array.
+template <typename S>
+__device__ __forceinline__ S load_number(const Array& array, int64_t i) {
+  using R = Real<S>;
+  if constexpr (kIsComplex<S>)
+    return {load<R>(array, 2 * i), load<R>(array, 2 * i + 1)};
+  else
+    return load<R>(array, i);
+}
+template <typename S>
+__device__ __forceinline__ void store_number(const Array& array, int64_t i, S value) {
+  if constexpr (kIsComplex<S>)
+    store(array, 2 * i, value.re), store(array, 2 * i + 1, value.im);
+  else
+    store(array, i, value);
+}
+
+template <typename S, int kTokens>
+__device__ __forceinline__ void store_tokens(const Line& line, int64_t tau, const S (&value)[kTokens]) {
+  constexpr int kParts = sizeof(S) / sizeof(Real<S>);
+  const int count = line.count(tau, kTokens);
+  const int64_t step = line.step * kParts;
+  visit(line.array, [&]<typename T>(T* data) {
+    T* out = data + (line.first + tau * line.step) * kParts;
+    const auto store_one = [&](int i) {
+      Real<S> part[kParts];
+      memcpy(part, &value[i], sizeof(S));
+      Vector<T, kParts> v;
+#pragma unroll
+      for (int k = 0; k < kParts; ++k) v[k] = to<T>(part[k]);
+      store(out, v);
+      out += step;
+    };
+    if (count == kTokens) {
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) store_one(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        if (i < count) store_one(i);
+      }
+    }
+  });
+}
+
+// What is known of the tokens of a chunk, the same in all lanes: bit i for token i.
+struct Facts {
+  uint32_t fresh;    // what comes before is of no concern: the first of a sequence, padding, or cut off by a reset
+  uint32_t first;    // of these the first of a sequence: an initial state may enter
+  uint32_t reset;    // reset is set
+  uint32_t padding;  // no sequence's
+  uint32_t last;     // the last of a sequence
+  int count;         // tokens that exist
+  int64_t state;     // lane i: row of the states of token i's sequence
+
+  template <int kTokens>
+  __device__ __forceinline__ bool plain() const {
+    return (fresh | reset | last) == 0 && count == kTokens;
+  }
+};
+
+// One of them, for emit.
+struct Token {
+  int i;
+  bool reset = false, last = false;
+  int64_t row = -1;  // of the states that follow, where it is the last; -1: none
+};
+
+// Finds the facts. By all lanes of a warp, of which lane i looks at token i.
+template <int kTokens>
+class Timeline {
+  static_assert(kTokens <= kWarpSize);
+
+ public:
+  // `reset` (B, L) or nullptr. `adjoint`: `s` is mirrored.
+  __device__ __forceinline__ Timeline(const Sequences& s, const bool* reset, bool adjoint, int64_t b)
+      : s_(s), reset_(reset ? reset + b * s.length : nullptr), adjoint_(adjoint), b_(b) {}
+
+  // Starts the loads for tokens [first, first + kTokens); `first` never goes back.
+  __device__ __forceinline__ void fetch(int64_t first) {
+    const int64_t tau = first + lane_of();
+    if (lane_of() >= count(first)) return;
+    if (s_.cu_seqlens) {
+      begins_ = false;
+      if (tau >= end_) {
+        const Span span = packed_span_at(s_, tau);
+        begins_ = tau == span.begin, end_ = span.end, state_ = span.padding ? -1 : span.state;
+      }
+    } else if (s_.seq_idx) {
+      id_ = sequence_id(s_, b_, tau);
+      before_ = tau > 0 ? sequence_id(s_, b_, tau - 1) : -2;
+      after_ = tau + 1 < s_.length ? sequence_id(s_, b_, tau + 1) : -2;
+    }
+    if (reset_) {
+      reset_here_ = load(reset_ + memory_place(s_, tau));
+      reset_before_ = adjoint_ && tau > 0 && load(reset_ + memory_place(s_, tau - 1));
+    }
+  }
+
+  // The facts of what was fetched last.
+  __device__ __forceinline__ Facts take(int64_t first) const {
+    const int64_t tau = first + lane_of();
+    const bool exists = lane_of() < count(first);
+    bool begin = tau == 0, end = tau == s_.length - 1, padding = false;
+    int64_t state = b_;
+    if (s_.cu_seqlens) {
+      begin = begins_, end = tau + 1 == end_, padding = state_ < 0, state = state_;
+    } else if (s_.seq_idx) {
+      begin = before_ != id_, end = after_ != id_, padding = id_ < 0;
+    }
+    const auto vote = [&](bool fact) { return __ballot_sync(0xffffffffu, exists && fact); };
+    Facts f;
+    f.first = vote(begin && !padding), f.last = vote(end && !padding), f.padding = vote(padding);
+    f.reset = reset_ ? vote(reset_here_ && !padding) : 0;
+    const uint32_t cut = adjoint_ && reset_ ? vote(reset_before_) : f.reset;
+    f.fresh = f.first | f.padding | cut;
+    if (!adjoint_) f.first &= ~f.reset;  // an initial state is discarded
+    f.count = count(first), f.state = state;
+    return f;
+  }
+
+  // Row of the initial state that enters at token i of the chunk of `f`, which begins at tau, -1: none; likewise of the
+  // final state that follows it.
+  __device__ __forceinline__ int64_t initial_row(const Facts& f, int64_t tau, int i) const {
+    return f.first >> i & 1u ? seqkern::initial_row(s_, b_, span(f, tau, i)) : -1;
+  }
+  __device__ __forceinline__ int64_t final_row(const Facts& f, int64_t tau, int i) const {
+    return f.last >> i & 1u ? seqkern::final_row(s_, b_, span(f, tau, i)) : -1;
+  }
+
+ private:
+  __device__ __forceinline__ int count(int64_t first) const {
+    return static_cast<int>(clamp(s_.length - first, 0, kTokens));
+  }
+  __device__ __forceinline__ static Span span(const Facts& f, int64_t tau, int i) {
+    return {tau + i, tau + i + 1, __shfl_sync(0xffffffffu, f.state, i), false};
+  }
+
+  const Sequences& s_;
+  const bool* reset_;
+  bool adjoint_;
+  int64_t b_;
+  // Of the lane's token, with cu_seqlens: the end of its sequence, and the row of its states, -1: padding.
+  int64_t end_ = 0, state_ = 0;
+  bool begins_ = false;
+  int32_t id_ = 0, before_ = 0, after_ = 0;
+  bool reset_here_ = false, reset_before_ = false;
+};
+
+// The state that enters at a fresh token.
+template <typename Recurrence, typename Time>
+__device__ __forceinline__ typename Recurrence::Carry entering(const Recurrence& r, const Time& time, const Facts& f,
+                                                               int64_t tau, int i) {
+  return r.initial(r.reads_initial() ? time.initial_row(f, tau, i) : -1, tau + i);
+}
+
+// A chunk from the state that enters it to the one that leaves it, with all outputs.
+template <typename Recurrence, typename Time>
+__device__ __forceinline__ void walk(Recurrence& r, const Time& time, const Facts& f, int64_t tau,
+                                     typename Recurrence::Tokens& x, typename Recurrence::Carry& carry) {
+  if (f.template plain<Recurrence::kTokens>()) {
+#pragma unroll
+    for (int i = 0; i < Recurrence::kTokens; ++i) r.emit(carry, x, Token{i});
+    return;
+  }
+  // Piece by piece, each from a token that starts anew to the next; so a sequence ends where a piece does.
+#pragma unroll 1
+  for (int begin = 0, end; begin < f.count; begin = end) {
+    const uint32_t later = f.fresh & (~1u << begin);
+    end = later ? min(__ffs(static_cast<int>(later)) - 1, f.count) : f.count;
+    if (f.fresh >> begin & 1u) carry = entering(r, time, f, tau, begin);
+    const bool padding = (f.padding >> begin & 1u) != 0, ends = (f.last >> (end - 1) & 1u) != 0;
+    const int64_t row = ends && r.reads_final() ? time.final_row(f, tau, end - 1) : -1;
+    if constexpr (requires { r.expect(row); }) r.expect(row);
+#pragma unroll
+    for (int i = 0; i < Recurrence::kTokens; ++i) {
+      if (i < begin || i >= end) continue;
+      if (padding)
+        r.pad(x, i);
+      else
+        r.emit(carry, x, Token{i, (f.reset >> i & 1u) != 0, ends && i == end - 1, row});
+    }
+    if (row >= 0) r.leave(carry, row);
+  }
+}
+
+// A chain from end to end, by one warp. The loads of the next chunk are under way while one is walked through.
+template <typename Recurrence>
+__device__ __forceinline__ void serial_scan(Recurrence& r, const Sequences& s, const bool* reset, bool adjoint,
+                                            int64_t b) {
+  constexpr int kTokens = Recurrence::kTokens;
+  Timeline<kTokens> time(s, reset, adjoint, b);
+  typename Recurrence::Carry carry = r.initial(-1, 0);
+  r.fetch(0), time.fetch(0);
+#pragma unroll 1
+  for (int64_t tau = 0; tau < s.length; tau += kTokens) {
+    typename Recurrence::Tokens x = r.take();
+    const Facts facts = time.take(tau);
+    r.fetch(tau + kTokens), time.fetch(tau + kTokens);
+    walk(r, time, facts, tau, x, carry);
+    r.store(x, tau);
+  }
+}
+
+// Tiles. What a tile does to a state that enters it is an Element; where a sequence begins in it, the state that leaves
+// it is known without.
+
+template <typename Recurrence>
+struct TileShared {
+  typename Recurrence::Element element[kTileWarps][kWarpSize];  // of a warp's chunk, or
+  typename Recurrence::Carry carry[kTileWarps][kWarpSize];      // the state that leaves it, where
+  bool known[kTileWarps];                                       // that is known; the same for the tile:
+  typename Recurrence::Carry entering[kWarpSize];
+};
+
+// What tiles tell each other: flag (tiles of a chain side by side), element and carry of each tile. Made by one warp of
+// a block, used by all its lanes together.
+template <typename Recurrence>
+class Board {
+  using R = typename Recurrence::Real;
+  using Element = typename Recurrence::Element;
+  using Carry = typename Recurrence::Carry;
+  enum : uint32_t { kNothing, kElement, kCarry };
+
+ public:
+  __device__ __forceinline__ Board(const Cut& cut, void* workspace, const Place& place)
+      : flags_(static_cast<uint32_t*>(workspace) + place.chain * cut.tiles),
+        elements_(at(workspace, cut.elements_at, place.chain * cut.tiles, sizeof(Element))),
+        carries_(at(workspace, cut.carries_at, place.chain * cut.tiles, sizeof(Carry))),
+        tile_(place.tile) {}
+
+  __device__ __forceinline__ void publish_element(const Element& element) { publish(elements_, element, kElement); }
+  __device__ __forceinline__ void publish_carry(const Carry& carry) { publish(carries_, carry, kCarry); }
+
+  // The state that enters the tile. Lane i waits for tile i + 1 before it (before those already looked at); the nearest
+  // tile whose leaving state is known begins, those after it are applied in order of time.
+  __device__ __forceinline__ Carry look_back(const Recurrence& r) const {
+    int64_t known = tile_;
+    for (uint32_t carries = 0; carries == 0;) {
+      const int64_t other = known - 1 - lane_of();
+      uint32_t flag = kNothing;
+      if (other >= 0) spin_until([&] { return (flag = load_acquire(flags_ + other)) != kNothing; });
+      carries = __ballot_sync(0xffffffffu, flag == kCarry);
+      known -= carries ? __ffs(static_cast<int>(carries)) : kWarpSize;
+    }
+    __syncwarp();
+    Carry carry = read<Carry>(carries_, known);
+#pragma unroll 4
+    for (int64_t tile = known + 1; tile < tile_; ++tile) carry = r.apply(read<Element>(elements_, tile), carry);
+    return carry;
+  }
+
+ private:
+  __device__ __forceinline__ static R* at(void* workspace, int64_t offset, int64_t tile, int64_t bytes) {
+    return reinterpret_cast<R*>(static_cast<unsigned char*>(workspace) + offset + tile * bytes * kWarpSize);
+  }
+
+  // Of each tile, every Real of all lanes side by side.
+  template <typename T>
+  __device__ __forceinline__ static T read(const R* from, int64_t tile) {
+    constexpr int kReals = sizeof(T) / sizeof(R);
+    R reals[kReals];
+#pragma unroll
+    for (int k = 0; k < kReals; ++k) reals[k] = load(from + (tile * kReals + k) * kWarpSize + lane_of());
+    T value;
+    memcpy(static_cast<void*>(&value), reals, sizeof(T));
+    return value;
+  }
+  template <typename T>
+  __device__ __forceinline__ void publish(R* out, const T& value, uint32_t flag) {
+    constexpr int kReals = sizeof(T) / sizeof(R);
+    R reals[kReals];
+    memcpy(reals, &value, sizeof(T));
+#pragma unroll
+    for (int k = 0; k < kReals; ++k) store(out + (tile_ * kReals + k) * kWarpSize + lane_of(), reals[k]);
+    __syncwarp();
+    if (lane_of() == 0) store_release(flags_ + tile_, flag);
+  }
+
+  uint32_t* flags_;
+  R *elements_, *carries_;
+  int64_t tile_;
+};
+
+// One launch of a tiled path: publishes what a tile does to a state, walks through it, or both.
+enum class Pass { kSummarize, kWalk, kBoth };
+
+// A tile, by all threads of a block of kTileWarps warps.
+template <typename Recurrence>
+__device__ __forceinline__ void tile_scan(Recurrence& r, const Sequences& s, const bool* reset, bool adjoint,
+                                          const Place& place, const Cut& cut, void* workspace, Pass pass) {
+  constexpr int kTokens = Recurrence::kTokens;
+  using Element = typename Recurrence::Element;
+  using Carry = typename Recurrence::Carry;
+  auto& shared = shared_memory<TileShared<Recurrence>>();
+  const int warp = warp_of(), lane = lane_of();
+  const int64_t tau = (place.tile * kTileWarps + warp) * kTokens;
+
+  Timeline<kTokens> time(s, reset, adjoint, place.b);
+  r.fetch(tau), time.fetch(tau);
+  typename Recurrence::Tokens x = r.take();
+  const Facts facts = time.take(tau);
+
+  // From the last token on that starts anew.
+  const int start = facts.fresh ? 31 - __clz(static_cast<int>(facts.fresh)) : 0;
+  if (facts.fresh) {
+    Carry carry = entering(r, time, facts, tau, start);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i >= start && i < facts.count && !(facts.padding >> i & 1u)) r.advance(carry, x, i);
+    }
+    shared.carry[warp][lane] = carry;
+  } else {
+    Element element = r.identity();
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i < facts.count) r.extend(element, x, i);
+    }
+    shared.element[warp][lane] = element;
+  }
+  if (lane == 0) shared.known[warp] = facts.fresh != 0;
+  __syncthreads();
+
+  if (warp == 0) {
+    int last = kTileWarps - 1;  // the last warp whose leaving state is known, -1: none
+    while (last >= 0 && !shared.known[last]) --last;
+    Board<Recurrence> board(cut, workspace, place);
+    Element element = r.identity();
+    Carry carry{};
+    if (last >= 0) carry = shared.carry[last][lane];
+    if (pass != Pass::kWalk && cut.tiles > 1) {
+#pragma unroll 1
+      for (int w = last + 1; w < kTileWarps; ++w) {
+        if (last >= 0)
+          carry = r.apply(shared.element[w][lane], carry);
+        else
+          element = r.compose(shared.element[w][lane], element);
+      }
+      last >= 0 ? board.publish_carry(carry) : board.publish_element(element);
+    }
+    if (pass != Pass::kSummarize && !(facts.fresh & 1u)) {
+      const Carry enters = board.look_back(r);
+      if (pass == Pass::kBoth && last < 0) board.publish_carry(r.apply(element, enters));
+      shared.entering[lane] = enters;
+    }
+  }
+  if (pass == Pass::kSummarize) return;
+  __syncthreads();
+
+  Carry carry = shared.entering[lane];
+#pragma unroll 1
+  for (int w = 0; w < warp; ++w) {
+    carry = shared.known[w] ? shared.carry[w][lane] : r.apply(shared.element[w][lane], carry);
+  }
+  walk(r, time, facts, tau, x, carry);
+  r.store(x, tau);
+}
+
+// Clears the flags, by a grid of threads.
+__device__ __forceinline__ void clear_flags(const Cut& cut, void* workspace) {
+  const int64_t i = global_thread();
+  if (i < cut.blocks) store(static_cast<uint32_t*>(workspace) + i, 0u);
+}
+
+// `to` (sequences.count, columns) of a sequence without tokens: `from`, or `absent` where there is none. By a grid of
+// sequences.count x columns threads.
+__device__ __forceinline__ void pass_states(const Sequences& s, int64_t columns, const Array& from, const Array& to,
+                                            float absent) {
+  const auto [row, column] = divide(global_thread(), columns);
+  if (row >= s.count) return;
+  const Span span = span_of_state(s, row, true, 0);
+  if (span.begin < span.end) return;
+  visit(to, [&]<typename T>(T* data) {
+    store(data + global_thread(), from ? load<T>(from, global_thread()) : static_cast<T>(absent));
+  });
+}
+
+}  // namespace seqkern::time_scan
