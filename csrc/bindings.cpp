@@ -7,7 +7,9 @@
 
 #include "causal_conv1d/tile.h"
 #include "common/isa.h"
+#include "linear_scan/tile.h"
 #include "selective_scan/tile.h"
+#include "softmax_scan/tile.h"
 
 namespace py = pybind11;
 
@@ -93,6 +95,18 @@ py::dict plan_causal_conv1d(int64_t batch, int64_t channels, int64_t length, int
   return plans;
 }
 
+py::dict facts(const char* why, int64_t blocks, int threads, int blocks_per_sm, int64_t workspace_bytes,
+               int64_t bytes) {
+  py::dict d;
+  d["because"] = why;
+  d["blocks"] = blocks;
+  d["threads per block"] = threads;
+  d["blocks per SM"] = blocks_per_sm;
+  d["workspace bytes"] = workspace_bytes;
+  d["bytes moved"] = bytes;
+  return d;
+}
+
 py::dict plan_selective_scan(int64_t batch, int64_t channels, int64_t length, int64_t states, const std::string& dtype,
                              int64_t groups, bool complex, bool gate, bool constant, bool two_exp, bool split_time,
                              bool checkpoints, bool channels_last) {
@@ -129,17 +143,6 @@ py::dict plan_selective_scan(int64_t batch, int64_t channels, int64_t length, in
   step.A.dtype = step.state.dtype = sums, step.B.dtype = step.C.dtype = type;
   step.B.heads_per_group = step.C.heads_per_group = channels / groups;
 
-  const auto facts = [](const char* why, int64_t blocks, int threads, int blocks_per_sm, int64_t workspace_bytes,
-                        int64_t bytes) {
-    py::dict d;
-    d["because"] = why;
-    d["blocks"] = blocks;
-    d["threads per block"] = threads;
-    d["blocks per SM"] = blocks_per_sm;
-    d["workspace bytes"] = workspace_bytes;
-    d["bytes moved"] = bytes;
-    return d;
-  };
   py::dict plans;
   {
     const scan::cuda::FwdPlan plan = scan::cuda::plan_fwd(fwd);
@@ -165,6 +168,86 @@ py::dict plan_selective_scan(int64_t batch, int64_t channels, int64_t length, in
   return plans;
 }
 
+// Of linear_scan or softmax_scan, over whole sequences.
+template <typename Plan>
+py::dict as_dict(const Plan& plan) {
+  const time_scan::Cut& cut = plan.cut;
+  const bool serial = cut.path == time_scan::Path::kSerial;
+  py::dict d = facts(cut.why, cut.blocks, cut.threads, serial ? plan.tile.serial_blocks : plan.tile.tile_blocks,
+                     plan.workspace_bytes, plan.bytes);
+  d["path"] = time_scan::name(cut.path);
+  d["tiles of a row"] = cut.tiles;
+  d["shared memory bytes"] = plan.smem_bytes;
+  d["launches"] = plan.launches;
+  return d;
+}
+
+py::dict plan_linear_scan(int64_t batch, int64_t length, int64_t channels, const std::string& dtype,
+                          bool constant_over_batch, bool constant_over_time, bool constant_over_channels, bool complex,
+                          bool log_space, bool reset, bool states, bool split_time) {
+  namespace scan = linear_scan;
+  const DType type = dtype_of(dtype), sums = accumulator(type);
+  const Data tokens{kPresent, type, {.b = length * channels, .d = 1, .l = channels}};
+  const int64_t decay_rows = constant_over_time ? 1 : length, decay_channels = constant_over_channels ? 1 : channels;
+  const Strides decay{.b = constant_over_batch ? 0 : decay_rows * decay_channels,
+                      .d = constant_over_channels ? 0 : 1,
+                      .l = constant_over_time ? 0 : decay_channels};
+  const Array state{states ? kPresent : nullptr, sums};
+
+  scan::Inputs in{};
+  in.sequences.batch = in.sequences.count = batch;
+  in.sequences.length = length;
+  in.channels = channels, in.complex = complex, in.log_space = log_space;
+  in.accumulator = sums, in.split_time = split_time;
+  in.a = {kPresent, type, decay}, in.initial_state = state;
+  if (reset) in.reset = static_cast<const bool*>(kPresent);
+
+  const scan::FwdParams fwd{in, tokens, tokens, state};
+  const scan::BwdParams bwd{in, tokens, tokens, state, tokens, in.a, state};
+  scan::StepParams step{};
+  step.batch = step.rows = batch, step.channels = channels, step.complex = complex, step.log_space = log_space;
+  step.accumulator = step.state.dtype = sums, step.a.dtype = step.b.dtype = step.h.dtype = type;
+  step.a.b = constant_over_batch ? 0 : decay_channels, step.a.d = decay.d;
+
+  py::dict plans;
+  plans["forward"] = as_dict(scan::cuda::plan_fwd(fwd));
+  plans["backward"] = as_dict(scan::cuda::plan_bwd(bwd));
+  const scan::cuda::StepPlan plan = scan::cuda::plan_step(step);
+  plans["step"] = facts("a thread owns one channel of one batch row", plan.blocks, plan.tile.threads,
+                        plan.tile.blocks_per_sm, 0, scan::cuda::step_bytes(step));
+  return plans;
+}
+
+py::dict plan_softmax_scan(int64_t batch, int64_t length, int64_t heads, int64_t size, const std::string& dtype,
+                           bool states, bool split_time, bool normalizers) {
+  namespace scan = softmax_scan;
+  const DType type = dtype_of(dtype), sums = accumulator(type);
+  const scan::Data scores{kPresent, type, length * heads, heads, 1};
+  const scan::Data values{kPresent, type, length * heads * size, heads * size, size};
+  const Array part{states ? kPresent : nullptr, sums};
+  const scan::State state{part, part, part};
+
+  scan::Inputs in{};
+  in.sequences.batch = in.sequences.count = batch;
+  in.sequences.length = length;
+  in.heads = heads, in.size = size, in.accumulator = sums, in.split_time = split_time;
+  in.s = scores, in.v = values, in.initial_state = state;
+
+  const scan::FwdParams fwd{in, values, state, normalizers ? kPresent : nullptr};
+  const scan::BwdParams bwd{in, values, values, kPresent, state, scores, values, state};
+  scan::StepParams step{};
+  step.batch = step.rows = batch, step.heads = heads, step.size = size, step.accumulator = sums;
+  step.m.dtype = step.n.dtype = step.w.dtype = sums, step.s.dtype = step.v.dtype = step.o.dtype = type;
+
+  py::dict plans;
+  plans["forward"] = as_dict(scan::cuda::plan_fwd(fwd));
+  plans["backward"] = as_dict(scan::cuda::plan_bwd(bwd));
+  const scan::cuda::StepPlan plan = scan::cuda::plan_step(step);
+  plans["step"] = facts("a few threads own one head of one batch row", plan.blocks, plan.tile.threads,
+                        plan.tile.blocks_per_sm, 0, scan::cuda::step_bytes(step));
+  return plans;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -181,4 +264,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("length"), py::arg("states"), py::arg("dtype"), py::arg("groups") = 1, py::arg("complex") = false,
         py::arg("gate") = true, py::arg("constant") = false, py::arg("two_exp") = false, py::arg("split_time") = true,
         py::arg("checkpoints") = true, py::arg("channels_last") = false, "The same.");
+  m.def("plan_linear_scan", &plan_linear_scan, py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("channels"),
+        py::arg("dtype"), py::arg("constant_over_batch") = false, py::arg("constant_over_time") = false,
+        py::arg("constant_over_channels") = false, py::arg("complex") = false, py::arg("log_space") = false,
+        py::arg("reset") = false, py::arg("states") = false, py::arg("split_time") = true, "The same.");
+  m.def("plan_softmax_scan", &plan_softmax_scan, py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("heads"),
+        py::arg("size"), py::arg("dtype"), py::arg("states") = false, py::arg("split_time") = true,
+        py::arg("normalizers") = true, "The same.");
 }
