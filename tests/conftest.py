@@ -132,7 +132,7 @@ def record(monkeypatch):
             patch.setattr(library, "ops", recorder)
             inputs.gradients(inputs.cotangents())
             if follow.sizes["L"]:
-                follow.step(0, follow.tensors["initial_state"].clone(memory_format=torch.contiguous_format))
+                follow.step(0, [part.clone(memory_format=torch.contiguous_format) for part in follow.state])
         return recorder.calls
 
     return record

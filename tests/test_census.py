@@ -18,7 +18,9 @@ pytestmark = pytest.mark.skipif(census.find_nvcc() is None, reason="the census o
 OPERATORS = sorted(path.parent.name for path in ROOT.glob("csrc/*/op.cpp"))
 KERNELS = {
     "causal_conv1d": {"fwd.cu": 10, "bwd.cu": 8, "bwd_general.cu": 12, "step.cu": 4},
+    "linear_scan": {"fwd.cu": 10, "bwd.cu": 8, "bwd_reduce.cu": 4, "step.cu": 4},
     "selective_scan": {"fwd.cu": 12, "bwd.cu": 7, "bwd_carry.cu": 4, "bwd_reduce.cu": 4, "step.cu": 4},
+    "softmax_scan": {"fwd.cu": 7, "bwd.cu": 4, "bwd_reduce.cu": 4, "step.cu": 2},
 }
 
 

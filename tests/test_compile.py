@@ -51,6 +51,7 @@ def test_one_graph_for_every_length(operator, factors):
 
 
 OPTIONS = {"activation": "silu", "dilation": 2, "delta_softplus": True, "transition": "two_exp_minus_one"}
+OPTIONS |= {"log_space": True, "reset": True, "a": "D"}
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["defaults", "options"])
@@ -65,10 +66,10 @@ def test_no_length_and_one_token(operator, options):
 def test_step_updates_its_state_in_a_graph(operator):
     inputs = operator.case(initial_state=True).inputs()
     step = torch.compile(operator.step, fullgraph=True, backend="aot_eager")
-    states = [inputs.tensors["initial_state"].clone() for _ in range(2)]
+    states = [[part.clone() for part in inputs.state] for _ in range(2)]
     for t in range(3):
         ys = [inputs.step(t, state, function) for state, function in zip(states, (step, None), strict=True)]
-        assert torch.equal(*ys) and torch.equal(*states)
+        assert torch.equal(*ys) and all(map(torch.equal, *states))
 
 
 @pytest.mark.slow
@@ -124,8 +125,9 @@ def assert_right_or_raises(compute, expected):
     try:
         actual = compute()
     except Exception as error:
-        # One of the compiler or of ours, not of the test.
-        assert "torch" in type(error).__module__ + str(error), error
+        # One of the compiler, of autograd or of ours, not of the test.
+        text = type(error).__module__ + str(error)
+        assert "torch" in text or "not have been used in the graph" in text, error
         return
     assert actual is not None
     torch.testing.assert_close(actual, expected)

@@ -14,22 +14,29 @@ def resized(tensor, at, change):
     return tensor.new_ones(shape)
 
 
+def clones(state):
+    return [part.clone() for part in state]
+
+
 def bad_tensors(inputs):
     """(argument, a tensor that does not fit it, what the message says), for every argument and dimension."""
-    derived = inputs.operator.state_sizes(inputs.operator.case().values | inputs.sizes).keys()
-    known = {"N"} | derived & set(inputs.operator.arguments["initial_state"].split())
+    operator = inputs.operator
+    derived = operator.state_sizes(operator.case().values | inputs.sizes).keys()
+    of_state = {letter for name in operator.state for letter in operator.arguments[name].split()}
+    known = {"N"} | derived & of_state
     free = derived - known
-    for i, (name, letters) in enumerate(inputs.operator.arguments.items()):
+    for i, (name, letters) in enumerate(operator.arguments.items()):
         tensor = inputs.tensors[name]
         yield name, tensor[None], r"must be \(.*\), got \(1, .*\)"
-        yield name, tensor[0], r"must be \(.*\), got \(.*\)"
+        if name not in operator.broadcast:
+            yield name, tensor[0], r"must be \(.*\), got \(.*\)"
         yield name, tensor.int(), "must be float32, bfloat16, float16 or float64, got int32"
         if i > 0:
             yield name, tensor.to("meta"), f"must be on the device of {inputs.data[0]}"
         for at, letter in enumerate(letters.split()):
             if letter in known:
                 size = tensor.shape[at]
-                for change in (1, -1):
+                for change in (1, 2 if name in operator.broadcast else -1):
                     expected, given = rf"\(.*={size}\b.*\)", rf"\(.*\b{size + change}\b.*\)"
                     yield name, resized(tensor, at, change), f"must be {expected}, got {given}"
         known |= set(letters.split()) - free
@@ -38,38 +45,41 @@ def bad_tensors(inputs):
 def test_tensors_that_do_not_fit(operator, device):
     inputs = operator.full_case().inputs()
     for name, tensor, message in bad_tensors(inputs):
-        with pytest.raises(RuntimeError, match=rf"^{operator}: {name} {message}"):
+        with pytest.raises(RuntimeError, match=rf"^{operator}: {operator.spoken(name)} {message}"):
             inputs.outputs(**{name: tensor})
 
 
 def test_tensors_that_do_not_fit_a_step(operator, device):
     """Parameters and the state; the state, which the step would write, stays as it is."""
     inputs = operator.full_case().inputs()
-    state = inputs.tensors["initial_state"].clone()
-    untouched = state.clone()
+    state = clones(inputs.state)
     for name, tensor, message in bad_tensors(inputs):
-        if name in [*inputs.data, "initial_state"]:
+        if name in inputs.data or name in operator.state:
             continue
         with pytest.raises(RuntimeError, match=f"^{operator}_step: {name} {message}"):
             inputs.but({name: tensor}).step(0, state)
-        assert torch.equal(state, untouched)
-    for bad, message in [
-        (state[0], r"must be \(.*\), got \(.*\)"),
-        (state[:, :-1], r"must be \(.*\), got \(.*\)"),
-        (state[:-1], "must have R=B=2 rows, got 1; pass state_indices to pick rows"),
-        (state.int(), "must be float32, bfloat16, float16 or float64, got int32"),
-        (state.to("meta"), "must be on the device of"),
-    ]:
-        with pytest.raises(RuntimeError, match=f"^{operator}_step: {operator.step_state} {message}"):
-            inputs.step(0, bad)
+        assert all(map(torch.equal, state, inputs.state))
+    for i, name in enumerate(operator.state):
+        spoken = operator.spoken(name, operator.step_state)
+        for bad, message in [
+            (state[i][0], r"must be \(.*\), got \(.*\)"),
+            (state[i][:, :-1], r"must be \(.*\), got \(.*\)"),
+            (state[i].int(), "must be float32, bfloat16, float16 or float64, got int32"),
+            (state[i].to("meta"), "must be on the device of"),
+        ]:
+            with pytest.raises(RuntimeError, match=f"^{operator}_step: {spoken} {message}"):
+                inputs.step(0, [*state[:i], bad, *state[i + 1 :]])
+            assert all(map(torch.equal, state, inputs.state))
+    message = f"{operator.step_state} must have R=B=2 rows, got 1; pass state_indices to pick rows"
+    with pytest.raises(RuntimeError, match=f"^{operator}_step: {message}"):
+        inputs.step(0, [part[:-1] for part in state])
 
 
 @pytest.mark.parametrize("indices", ["float", "long", "short", "beyond"])
 def test_state_indices_that_do_not_fit(operator, device, indices, monkeypatch):
     monkeypatch.setenv("SEQKERN_CHECK", "1")  # CUDA kernels check values only on request
     inputs = operator.full_case().inputs()
-    state = inputs.tensors["initial_state"].clone()
-    untouched, B = state.clone(), inputs.sizes["B"]
+    state, B = clones(inputs.state), inputs.sizes["B"]
     bad, message = {
         "float": (torch.zeros(B), "must be int32 or int64, got float32"),
         "long": (torch.arange(B + 1), rf"must be \(B={B},\), got \({B + 1},\)"),
@@ -78,7 +88,7 @@ def test_state_indices_that_do_not_fit(operator, device, indices, monkeypatch):
     }[indices]
     with pytest.raises(RuntimeError, match=f"^{operator}_step: state_indices {message}"):
         inputs.step(0, state, state_indices=bad.to(device))
-    assert torch.equal(state, untouched)
+    assert all(map(torch.equal, state, inputs.state))
 
 
 PACKINGS = {
@@ -123,15 +133,19 @@ def test_packings_of_other_dtypes_and_batches(operator, device):
 def test_a_gradient_that_does_not_fit(operator, device, record):
     """The backward checks what it is given as the forward does."""
     bwd, (dy, *rest) = next(call for call in record(operator.case(), device) if call[0].name().endswith("_bwd"))
+    name = bwd._schema.arguments[0].name.rstrip("_")
     for bad, message in [
-        (dy[..., 1:], r"dy must be \(.*\), got \(.*\)"),
-        (dy.double(), r"dy must have the dtype of \w+ \(float32\), got float64"),
-        (dy.to("meta"), "dy must be on the device of"),
+        (dy[..., 1:], r"must be \(.*\), got \(.*\)"),
+        (dy.double(), r"must have the dtype of \w+ \(float32\), got float64"),
+        (dy.to("meta"), "must be on the device of"),
     ]:
-        with pytest.raises(RuntimeError, match=f"^{operator}: {message}"):
+        with pytest.raises(RuntimeError, match=f"^{operator}: {name} {message}"):
             bwd(bad, *rest)
 
 
+A_DECAY = r"must be \(B=2 or 1, L=17 or 1, D=3 or 1\)"
+META_RESET = torch.zeros(2, 17, dtype=torch.bool, device="meta")
+A_TRIPLE = r"must be the three tensors \(m, n, w\)"
 BAD_TRANSITION = 'transition must be "exp" or "two_exp_minus_one", got \'tanh\''
 
 # What is particular to an operator: (options, tensors by a function of the inputs, error, message).
@@ -162,6 +176,22 @@ PARTICULAR = {
         ({}, lambda i: {"C": torch.ones(2, 16, 18)}, RuntimeError, r"C must be \(B=2, N=16, L=17\), got \(2, 16, 18\)"),
         ({}, lambda i: {"B": torch.ones(16)}, RuntimeError, r"B must be \(B=2, G, N=16, L=17\), got \(16,\)"),
     ],
+    "linear_scan": [
+        ({"reset": torch.zeros(2, 17)}, None, RuntimeError, "reset must be bool, got float32; convert it with .bool()"),
+        (
+            {"reset": torch.zeros(17, dtype=torch.bool)},
+            None,
+            RuntimeError,
+            r"reset must be \(B=2, L=17\), got \(17,\)",
+        ),
+        ({"reset": META_RESET}, None, RuntimeError, "reset must be on the device of b"),
+        ({}, lambda i: {"a": torch.ones(3, 1, 3)}, RuntimeError, f"a {A_DECAY}, got \\(3, 1, 3\\)"),
+        ({}, lambda i: {"a": torch.ones(4)}, RuntimeError, f"a {A_DECAY}, got \\(1, 1, 4\\)"),
+    ],
+    "softmax_scan": [
+        ({"initial_state": torch.zeros(2, 3)}, None, RuntimeError, f"initial_state {A_TRIPLE}, got a Tensor"),
+        ({"initial_state": (torch.zeros(2, 3),)}, None, RuntimeError, f"initial_state {A_TRIPLE}, got 1 of them"),
+    ],
 }
 PARTICULAR_STEP = {
     "causal_conv1d": [
@@ -180,6 +210,15 @@ PARTICULAR_STEP = {
         ),
         ({}, {"C": torch.ones(2, 1, 15, 17)}, RuntimeError, r"C must be \(B=2, G, N=16\), got \(2, 1, 15\)"),
     ],
+    "linear_scan": [
+        ({}, {"a": torch.ones(2, 17, 4)}, RuntimeError, r"a must be \(B=2 or 1, D=3 or 1\), got \(2, 4\)"),
+        ({}, {"b": torch.ones(2, 17, 4)}, RuntimeError, r"a must be \(B=2 or 1, D=4 or 1\), got \(2, 3\)"),
+        ({}, {"b": torch.ones(2, 17, 3).int()}, RuntimeError, "b must be float32, .*, got int32"),
+    ],
+    "softmax_scan": [
+        ({}, {"s": torch.ones(2, 17, 4)}, RuntimeError, r"s must be \(B=2, H=3\), got \(2, 4\)"),
+        ({}, {"v": torch.ones(2, 17, 3, 4)}, RuntimeError, r"state's w must be \(R=2, H=3, V=4\), got \(2, 3, 5\)"),
+    ],
 }
 
 
@@ -194,12 +233,11 @@ def test_particular_options(operator, device):
 def test_particular_options_of_the_step(operator, device):
     for options, tensors, error, message in PARTICULAR_STEP[operator.name]:
         inputs = operator.case(initial_state=True).inputs(device)
-        state = inputs.tensors["initial_state"].clone()
-        untouched = state.clone()
+        state = clones(inputs.state)
         given = {name: tensor.to(device) for name, tensor in tensors.items()}
         with pytest.raises(error, match=f"^{operator}_step: {message}"):
             inputs.but(given).step(0, state, **options)
-        assert torch.equal(state, untouched)
+        assert all(map(torch.equal, state, inputs.state))
 
 
 def test_every_operator_lists_its_options():

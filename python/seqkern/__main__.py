@@ -52,8 +52,9 @@ class Check(NamedTuple):
     """One call of an operator with states and gradients, and one step; `ops` is seqkern or seqkern.reference."""
 
     shapes: dict[str, tuple[int, ...]]  # of the tensors, by argument
-    call: Callable[[ModuleType, dict[str, Tensor]], tuple[Tensor, Tensor]]
-    step: Callable[[ModuleType, dict[str, Tensor], Tensor], Tensor]
+    call: Callable[[ModuleType, dict[str, Tensor]], tuple[Tensor, ...]]
+    step: Callable[..., Tensor]  # of ops, the tensors, and copies of those of the state
+    state: tuple[str, ...] = ("initial_state",)
 
     def difference(self, device: torch.device) -> float:
         """The largest from the float64 reference, relative to the largest value of an output or gradient."""
@@ -69,8 +70,8 @@ class Check(NamedTuple):
         generator = torch.Generator().manual_seed(1)
         cotangents = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-        state = tensors["initial_state"].clone()
-        return [*outputs, *gradients, self.step(ops, tensors, state), state]
+        state = [tensors[name].clone() for name in self.state]
+        return [*outputs, *gradients, self.step(ops, tensors, *state), *state]
 
 
 def _decaying(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -84,17 +85,38 @@ def _scan_step(ops: ModuleType, tensors: dict[str, Tensor], state: Tensor) -> Te
     return ops.selective_scan_step(state, **token, **parameters, delta_softplus=True)
 
 
+def _softmax(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    state = (tensors["m"], tensors["n"].exp(), tensors["w"])
+    o, final_state = ops.softmax_scan(tensors["s"], tensors["v"], state, return_final_state=True)
+    return o, *final_state
+
+
+def _softmax_step(ops: ModuleType, tensors: dict[str, Tensor], m: Tensor, n: Tensor, w: Tensor) -> Tensor:
+    return ops.softmax_scan_step((m, n.exp_(), w), tensors["s"][:, 0], tensors["v"][:, 0])
+
+
 SELF_CHECKS = {
     "causal_conv1d": Check(
         {"x": (2, 40, 129), "weight": (40, 4), "bias": (40,), "initial_state": (2, 40, 3)},
         lambda ops, t: ops.causal_conv1d(**t, activation="silu", return_final_state=True),
         lambda ops, t, state: ops.causal_conv1d_step(t["x"][..., 0], state, t["weight"], t["bias"], "silu"),
     ),
+    "linear_scan": Check(
+        {"a": (2, 129, 40), "b": (2, 129, 40), "initial_state": (2, 40)},
+        lambda ops, t: ops.linear_scan(**t | {"a": t["a"].sigmoid()}, return_final_state=True),
+        lambda ops, t, state: ops.linear_scan_step(state, t["a"][:, 0], t["b"][:, 0]),
+    ),
     "selective_scan": Check(
         {"u": (2, 40, 129), "delta": (2, 40, 129), "A": (40, 16), "B": (2, 2, 16, 129), "C": (2, 2, 16, 129)}
         | {"D": (40,), "z": (2, 40, 129), "delta_bias": (40,), "initial_state": (2, 40, 16)},
         lambda ops, t: ops.selective_scan(**_decaying(t), delta_softplus=True, return_last_state=True),
         _scan_step,
+    ),
+    "softmax_scan": Check(
+        {"s": (2, 129, 4), "v": (2, 129, 4, 20), "m": (2, 4), "n": (2, 4), "w": (2, 4, 20)},
+        _softmax,
+        _softmax_step,
+        ("m", "n", "w"),
     ),
 }
 TOLERANCE = 1e-5  # float32 sums of a few hundred terms

@@ -63,7 +63,9 @@ def autocast_operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Sums and states: float64 for float64 data, else float32."""
+    """Sums and states: float64 for float64 data, else float32; complex for complex data."""
+    if dtype.is_complex:
+        return torch.complex128 if dtype == torch.complex128 else torch.complex64
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

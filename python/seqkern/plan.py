@@ -2,6 +2,8 @@
 
 python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --width 4 --dtype bf16
 python -m seqkern.plan selective_scan --batch 1 --channels 1536 --length 2048 --states 16 --dtype bf16
+python -m seqkern.plan linear_scan --batch 4 --length 4096 --channels 1024 --dtype bf16
+python -m seqkern.plan softmax_scan --batch 1 --length 2048 --heads 16 --size 64 --dtype bf16
 """
 
 import argparse
@@ -19,20 +21,21 @@ def _parser() -> argparse.ArgumentParser:
 
     def operator(name, plan, *sizes):
         parsed = operators.add_parser(name)
-        for size in ("batch", "channels", "length", *sizes):
+        for size in ("batch", "length", *sizes):
             parsed.add_argument(f"--{size}", type=int, required=True)
         parsed.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16", "fp64"])
-        parsed.add_argument("--channels-last", action="store_true", help="memory order (B, L, D)")
         parsed.set_defaults(plan=plan)
         return parsed
 
-    conv = operator("causal_conv1d", _C.plan_causal_conv1d, "width")
+    conv = operator("causal_conv1d", _C.plan_causal_conv1d, "channels", "width")
+    conv.add_argument("--channels-last", action="store_true", help="memory order (B, L, D)")
     conv.add_argument("--dilation", type=int, default=1)
     conv.add_argument("--no-silu", dest="silu", action="store_false")
     conv.add_argument("--no-bias", dest="bias", action="store_false")
     conv.add_argument("--states", action="store_true", help="with initial and final state")
 
-    scan = operator("selective_scan", _C.plan_selective_scan, "states")
+    scan = operator("selective_scan", _C.plan_selective_scan, "channels", "states")
+    scan.add_argument("--channels-last", action="store_true", help="memory order (B, L, D)")
     scan.add_argument("--groups", type=int, default=1, help="of B and C")
     scan.add_argument("--complex", action="store_true", help="complex A")
     scan.add_argument("--constant", action="store_true", help="B and C of shape (D, N)")
@@ -40,6 +43,20 @@ def _parser() -> argparse.ArgumentParser:
     scan.add_argument("--no-gate", dest="gate", action="store_false", help="without z")
     scan.add_argument("--no-checkpoints", dest="checkpoints", action="store_false", help="no backward follows")
     scan.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
+
+    affine = operator("linear_scan", _C.plan_linear_scan, "channels")
+    for size in ("batch", "time", "channels"):
+        affine.add_argument(f"--constant-over-{size}", action="store_true", help="size of a: 1")
+    affine.add_argument("--complex", action="store_true")
+    affine.add_argument("--log-space", action="store_true")
+    affine.add_argument("--reset", action="store_true")
+    affine.add_argument("--states", action="store_true", help="with initial and final state")
+    affine.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
+
+    softmax = operator("softmax_scan", _C.plan_softmax_scan, "heads", "size")
+    softmax.add_argument("--states", action="store_true", help="with initial and final state")
+    softmax.add_argument("--no-normalizers", dest="normalizers", action="store_false", help="no backward follows")
+    softmax.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
     return parser
 
 

@@ -2,7 +2,20 @@
 
 from .ops.causal_conv1d import reference as causal_conv1d
 from .ops.causal_conv1d import reference_step as causal_conv1d_step
+from .ops.linear_scan import reference as linear_scan
+from .ops.linear_scan import reference_step as linear_scan_step
 from .ops.selective_scan import reference as selective_scan
 from .ops.selective_scan import reference_step as selective_scan_step
+from .ops.softmax_scan import reference as softmax_scan
+from .ops.softmax_scan import reference_step as softmax_scan_step
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "selective_scan", "selective_scan_step"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "linear_scan",
+    "linear_scan_step",
+    "selective_scan",
+    "selective_scan_step",
+    "softmax_scan",
+    "softmax_scan_step",
+]

@@ -7,11 +7,15 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 
 def positional(inputs, function=None):
-    """(a function of the differentiable tensors alone that returns a tuple, these tensors)"""
+    """(a function of the differentiable tensors alone that returns a tuple, these tensors)
+
+    -inf, which a constant of an empty state may be, is no number to take differences of.
+    """
     names = list(inputs.tensors)
 
     def call(*tensors):
-        return tuple(inputs.outputs(function, **dict(zip(names, tensors, strict=True))).values())
+        outputs = inputs.outputs(function, **dict(zip(names, tensors, strict=True))).values()
+        return tuple(output.masked_fill(output == -torch.inf, 0) for output in outputs)
 
     return call, tuple(inputs.tensors.values())
 
@@ -137,9 +141,9 @@ def one_by_one(function, tensors, in_dims, V=3):
 
 
 def subsets(inputs):
-    """Data alone, parameters alone, everything."""
+    """Data alone, parameters alone where there are any, everything."""
     data = set(inputs.data)
-    return [data, inputs.tensors.keys() - data, set(inputs.tensors)]
+    return [names for names in (data, inputs.tensors.keys() - data, set(inputs.tensors)) if names]
 
 
 def test_vmap(small_case):

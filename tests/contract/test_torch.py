@@ -56,13 +56,13 @@ def test_autocast(operator, device, dtype):
     cotangents = by_hand.cotangents()
     with torch.autocast(device, dtype=dtype):
         outputs, grads = inputs.gradients(cotangents)
-        step = inputs.step(0, inputs.tensors["initial_state"].clone())
+        step = inputs.step(0, [part.clone() for part in inputs.state])
     expected, expected_grads = by_hand.gradients(cotangents)
     for name, output in outputs.items():
         assert output.dtype == expected[name].dtype and torch.equal(output, expected[name]), name
     for name, grad in grads.items():
         assert grad.dtype == torch.float32 and torch.equal(grad, expected_grads[name].float()), name
-    expected_step = by_hand.step(0, by_hand.tensors["initial_state"].clone())
+    expected_step = by_hand.step(0, [part.clone() for part in by_hand.state])
     assert step.dtype == expected_step.dtype and torch.equal(step, expected_step)
 
 
@@ -82,7 +82,7 @@ def dispatched(run):
     return [name for name in names if "seqkern" in name], {name for name in names if "seqkern" not in name}
 
 
-# Memory orders that are native; parameters in any other than the contiguous one are copied.
+# Calls that take their data as it lies; parameters in any other than the contiguous order are copied.
 NATIVE = [
     {},
     {"reverse": True, "initial_state": True, "return_final_state": True},
@@ -92,7 +92,8 @@ NATIVE = [
 
 
 def native(operator, factors):
-    offered = {name: value for name, value in factors.items() if value in operator.factors[name]}
+    offers = operator.factors | {"layout": operator.native_layouts}
+    offered = {name: value for name, value in factors.items() if value in offers[name]}
     inputs = operator.case(**offered).inputs()
     return inputs.but({n: t.contiguous() for n, t in inputs.tensors.items() if n not in inputs.data})
 
@@ -119,7 +120,7 @@ def test_one_kernel_forward_and_one_backward(operator, clean_memory, factors):
 
 def test_one_kernel_for_a_step(operator, clean_memory):
     inputs = operator.case(initial_state=True).inputs()
-    ours, others = dispatched(lambda: inputs.step(0, inputs.tensors["initial_state"]))
+    ours, others = dispatched(lambda: inputs.step(0, inputs.state))
     selected = {"aten::select", "aten::as_strided"}  # the test cuts its token out
     assert ours == [f"seqkern::{operator}_step"] and others <= FORWARD_ALLOWED | selected, others
 
@@ -160,8 +161,9 @@ def test_more_than_two_to_the_31_elements(operator, clean_memory):
     available = 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     if available < needed:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of memory, {available / 1e9:.0f} GB are available")
-    shape = [long.get(letter, 2) for letter in operator.shape.split()]
-    inputs = operator.case(dtype=torch.bfloat16, shape=tuple(shape), **operator.lean).inputs()
+    shape = [long.get(letter, operator.lean.get(letter, 2)) for letter in operator.shape.split()]
+    lean = {name: value for name, value in operator.lean.items() if name in operator.factors}
+    inputs = operator.case(dtype=torch.bfloat16, shape=tuple(shape), **lean).inputs()
     repeats = 2**31 // torch.Size(shape).numel() + 1
 
     def repeated(name, tensor):

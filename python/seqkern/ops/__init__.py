@@ -1,8 +1,8 @@
 """One module per operator: function, step function, reference, autograd, shapes for tracing."""
 
-from . import causal_conv1d, selective_scan
+from . import causal_conv1d, linear_scan, selective_scan, softmax_scan
 
-_OPERATORS = (causal_conv1d, selective_scan)
+_OPERATORS = (causal_conv1d, linear_scan, selective_scan, softmax_scan)
 
 
 def register(namespace: str) -> None:

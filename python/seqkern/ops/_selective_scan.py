@@ -8,28 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu, softplus
 
-from .._sequences import runs
+from .._sequences import Span, spans
 from .._torch import accumulator, in_order_of
 
 CHUNK = 32  # tokens whose intermediate values are in memory at once
 
 Tensors = dict[str, Tensor]  # by the name of the argument, without those that are None
-
-
-class Span(NamedTuple):
-    """Tokens [begin, end) of the batch rows `rows`; `initial` and `final` are rows of the states."""
-
-    rows: slice
-    begin: int
-    end: int
-    initial: slice | None
-    final: slice | None
 
 
 class Call:
@@ -58,18 +47,13 @@ class Call:
         self.inputs = self.convert(tensors)
 
         cu_seqlens, seq_idx = packing
-        if cu_seqlens is None and seq_idx is None:
-            everything = slice(0, self.batch)
-            self.spans = [Span(everything, 0, self.length, everything, everything)]
-        else:
-            self.spans = [self._span(*run) for run in runs(self.batch, self.length, cu_seqlens, seq_idx, reverse)]
+        self.spans = [self._in_time(span) for span in spans(self.batch, self.length, cu_seqlens, seq_idx, reverse)]
         self.num_states = self.batch if cu_seqlens is None else len(cu_seqlens) - 1
 
-    def _span(self, b: int, begin: int, end: int, initial: int | None, final: int | None) -> Span:
-        if self.reverse:
-            begin, end = self.length - end, self.length - begin
-        rows = (None if n is None else slice(n, n + 1) for n in (initial, final))
-        return Span(slice(b, b + 1), begin, end, *rows)
+    def _in_time(self, span: Span) -> Span:
+        if not self.reverse:
+            return span
+        return span._replace(begin=self.length - span.end, end=self.length - span.begin)
 
     def convert(self, tensors: Tensors) -> Tensors:
         """Arguments, or their tangents, as this call computes with them."""

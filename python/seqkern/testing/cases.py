@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,8 +47,8 @@ class Operator:
     step: Callable
     reference: Callable
     reference_step: Callable
-    arguments: dict[str, str]  # the differentiable tensors, in the order of the signature, and their shapes
-    outputs: dict[str, str]
+    arguments: dict[str, str]  # the differentiable tensors, those first that others must fit, and their shapes
+    outputs: dict[str, str]  # y, then the parts of the final state
     step_state: str  # the step's name for what the function calls initial_state
     step_options: tuple[str, ...]  # options that the step has as well
     autocast: tuple[str, ...]  # arguments that autocast casts
@@ -61,9 +61,15 @@ class Operator:
     workspace_bytes: Callable[[Inputs], int]  # of the backward, on the CPU
     kept_bytes: Callable[[Inputs], int] = lambda inputs: 0  # between forward and backward, besides the inputs
     variants: Callable[[dict[str, Any]], dict[str, str]] = lambda values: {}  # shapes that are others in some cases
+    # The arguments that make up the initial state, and what is in an empty one. Several are passed as a tuple.
+    state: dict[str, float] = field(default_factory=lambda: {"initial_state": 0.0})
+    broadcast: tuple[str, ...] = ()  # arguments whose dimensions may be 1 or missing; their dtype is a parameter's
+    native_layouts: tuple[str, ...] = ("contiguous",)  # in which data is not copied
+    from_outputs: tuple[str, ...] = ()  # gradients computed from outputs as they were returned, after rounding
+    harmless: dict[str, tuple[float, ...]] = field(default_factory=dict)  # infinities that are numbers like any other
     # Normal variates to an argument's range, by the case's values.
     draw: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = field(default_factory=dict)
-    lean: dict[str, Any] = field(default_factory=dict)  # values of factors for a call of very many elements
+    lean: dict[str, Any] = field(default_factory=dict)  # factors and letters of the shape for very many elements
 
     def case(self, **values: Any) -> Case:
         """A case by hand: the first value of every factor, but for those given."""
@@ -74,7 +80,8 @@ class Operator:
 
     def full_case(self, **values: Any) -> Case:
         """The same with every argument that may be None, and the final state."""
-        optional = {name: True for name in self.arguments if True in self.factors.get(name, ())}
+        names = [*self.arguments, "initial_state"]
+        optional = {name: True for name in names if True in self.factors.get(name, ())}
         return self.case(**({"return_final_state": True} | optional | values))
 
     def of(self, values: dict[str, Any]) -> Operator:
@@ -112,6 +119,21 @@ class Operator:
     def data(self) -> list[str]:
         """Arguments with one value for every token."""
         return [name for name in self.arguments if self.axis(name, "L") is not None]
+
+    @property
+    def final_state(self) -> list[str]:
+        """The outputs that make up the final state, in the order of the initial one."""
+        return list(self.outputs)[1:]
+
+    def joined(self, state: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        """The parts of a state as functions take and return them."""
+        return tuple(state) if len(self.state) > 1 else state[0]
+
+    def spoken(self, name: str, state: str = "initial_state") -> str:
+        """What messages call an argument, given what they call the state."""
+        if name not in self.state:
+            return name
+        return f"{state}'s {name}" if len(self.state) > 1 else state
 
     def __str__(self) -> str:
         return self.name
@@ -152,19 +174,21 @@ class Case:
             options["cu_seqlens"] = bounds.to(self["index_dtype"]).to(device)
         elif self["packing"] == "seq_idx":
             options["seq_idx"] = _seq_idx(sizes["B"], sizes["L"], generator).to(device)
+        if self.values.get("reset"):
+            options["reset"] = (torch.rand(sizes["B"], sizes["L"], generator=generator) < 0.2).to(device)
         sizes |= {name: value for name, value in self.values.items() if len(name) == 1 and type(value) is int}
         sizes |= self.operator.state_sizes(self.values | sizes)
 
         operator, tensors = self.operator.of(self.values), {}
         for name, letters in operator.arguments.items():
-            if self.values.get(name) is False:
+            if self.values.get("initial_state" if name in operator.state else name) is False:
                 continue
             shape = [sizes[letter] for letter in letters.split()]
             value = torch.randn(shape, generator=generator, dtype=torch.float64)
             value = operator.draw[name](value, self.values) if name in operator.draw else value
-            is_data = name in operator.data or self["parameter_dtype"] == "same"
-            dtype = self["dtype"] if is_data else self["parameter_dtype"]
-            tensors[name] = _lay_out(value.to(device, dtype), self["layout"])
+            is_data = name in operator.data and name not in operator.broadcast
+            dtype = self["dtype"] if is_data or self["parameter_dtype"] == "same" else self["parameter_dtype"]
+            tensors[name] = _lay_out(value.to(device, dtype), self["layout"], letters.endswith("P"))
         return Inputs(operator, tensors, options, sizes)
 
 
@@ -197,11 +221,38 @@ class Inputs:
         """Tensors with one value for every token."""
         return [name for name in self.operator.data if name in self.tensors]
 
+    @property
+    def coarse(self) -> set[str]:
+        """The gradients that `seqkern.testing.compare` allows a rounding of the data."""
+        names = [name for name in self.operator.from_outputs if name in self.tensors]
+        return {f"d{name}" for name in names} if self.dtype != self.accumulator else set()
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """The parts of the initial state; none where it is None."""
+        return tuple(self.tensors[name] for name in self.operator.state if name in self.tensors)
+
+    @property
+    def empty_state(self) -> list[Tensor]:
+        """An empty state for each of the initial ones."""
+        return [torch.full_like(self.tensors[name], value) for name, value in self.operator.state.items()]
+
+    def with_state(self, state: Sequence[Tensor]) -> Inputs:
+        """The same call from another initial state."""
+        return self.but(dict(zip(self.operator.state, state, strict=True)))
+
     def outputs(self, function: Callable | None = None, **tensors: Tensor) -> dict[str, Tensor]:
         """Calls the operator, or another function of the same signature, and names what it returns."""
-        result = (function or self.operator.function)(**(self.tensors | tensors), **self.options)
-        result = result if isinstance(result, tuple) else (result,)
-        return dict(zip(self.operator.outputs, result, strict=False))
+        called = self.but(tensors)
+        others = called._without_state()
+        state = {"initial_state": self.operator.joined(called.state)} if called.state else {}
+        result = (function or self.operator.function)(**others, **state, **self.options)
+        y, *final = result if isinstance(result, tuple) else (result,)
+        parts = final[0] if final and isinstance(final[0], tuple) else final
+        return dict(zip(self.operator.outputs, (y, *parts), strict=False))
+
+    def _without_state(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.tensors.items() if name not in self.operator.state}
 
     def cotangents(self, seed: int = 1) -> dict[str, Tensor]:
         """Random gradients of the outputs, in their memory order."""
@@ -228,18 +279,20 @@ class Inputs:
         detached = {name: output.detach() for name, output in outputs.items()}
         return detached, {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
-    def step(self, t: int, state: Tensor, function: Callable | None = None, **options: Any) -> Tensor:
-        """Token t of this call through the step function, which moves `state` on."""
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name != "initial_state"}
+    def step(self, t: int, state: Sequence[Tensor], function: Callable | None = None, **options: Any) -> Tensor:
+        """Token t of this call through the step function, which moves the parts of `state` on."""
+        tensors = self._without_state()
         for name in self.data:
             tensors[name] = tensors[name].select(self.operator.axis(name, "L"), t)
+        tensors[self.operator.step_state] = self.operator.joined(state)
         options = {name: self.options[name] for name in self.operator.step_options} | options
-        return (function or self.operator.step)(**tensors, **{self.operator.step_state: state}, **options)
+        return (function or self.operator.step)(**tensors, **options)
 
     def tokens(self, begin: int, end: int) -> Inputs:
         """The same call on a part of the time."""
         cut = {name: self.tensors[name].narrow(self.operator.axis(name, "L"), begin, end - begin) for name in self.data}
-        return replace(self.but(cut), sizes=self.sizes | {"L": end - begin})
+        cut_options = self._resets(lambda reset: reset[:, begin:end])
+        return replace(self.but(cut, **cut_options), sizes=self.sizes | {"L": end - begin})
 
     def rows(self, letter: str, index: slice) -> Inputs:
         """The same call on some batch rows ("B") or rows of the state ("N")."""
@@ -248,7 +301,16 @@ class Inputs:
             axis = self.operator.axis(name, letter)
             if axis is not None:
                 cut[name] = tensor.movedim(axis, 0)[index].movedim(0, axis)
-        return self.but(cut)
+        return self.but(cut, **(self._resets(lambda reset: reset[index]) if letter == "B" else {}))
+
+    def flipped(self) -> Inputs:
+        """The same call, in the same direction, on tokens in the opposite order."""
+        flipped = {name: self.tensors[name].flip(self.operator.axis(name, "L")) for name in self.data}
+        return self.but(flipped, **self._resets(lambda reset: reset.flip(1)))
+
+    def _resets(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """The option `reset` (B, L), where there is one, changed."""
+        return {"reset": change(self.options["reset"])} if "reset" in self.options else {}
 
 
 def covering(factors: Factors) -> list[dict[str, Any]]:
@@ -295,8 +357,8 @@ def _seq_idx(B: int, L: int, generator: torch.Generator) -> Tensor:
     return rows
 
 
-def _lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """In another memory order, or between NaNs, or with strides of zero (which repeats values)."""
+def _lay_out(tensor: Tensor, layout: str, has_pairs: bool) -> Tensor:
+    """In another memory order, or between NaNs, or with strides of zero (which repeats values, or pairs of them)."""
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "strided":
@@ -304,7 +366,8 @@ def _lay_out(tensor: Tensor, layout: str) -> Tensor:
         view = room[(slice(1, None, 2),) * tensor.dim()]
         return view.copy_(tensor)
     if layout == "expanded":
-        corner = tensor[:1] if tensor.dim() < 3 else tensor[:1, ..., :1]
+        last = tensor.dim() - 1 - has_pairs
+        corner = tensor[:1] if last < 2 else tensor[:1].narrow(last, 0, min(1, tensor.shape[last]))
         return corner.expand_as(tensor)
     return tensor
 
@@ -351,6 +414,7 @@ CAUSAL_CONV1D = Operator(
     small_shapes=((2, 3, 17), (1, 5, 2), (3, 2, 33), (2, 9, 8), (0, 3, 5), (2, 3, 0)),
     tiny={"shape": ((2, 2, 5), (3, 1, 2)), "W": (3, 1), "dilation": (1, 2)},
     options=lambda values: {"activation": values["activation"], "dilation": values["dilation"]},
+    native_layouts=("contiguous", "transposed"),
     state_sizes=lambda sizes: {"S": (sizes["W"] - 1) * sizes["dilation"]},
     workspace_bytes=_conv_workspace_bytes,
 )
@@ -511,6 +575,7 @@ SELECTIVE_SCAN = Operator(
     },
     options=lambda values: {"delta_softplus": values["delta_softplus"], "transition": values["transition"]},
     variants=_scan_shapes,
+    native_layouts=("contiguous", "transposed"),
     state_sizes=lambda sizes: {"G": math.gcd(sizes["D"], sizes["groups"]), "P": 2},
     workspace_bytes=_scan_workspace_bytes,
     kept_bytes=_scan_kept_bytes,
@@ -524,4 +589,141 @@ SELECTIVE_SCAN = Operator(
     lean={"S": 1},
 )
 
-OPERATORS = (CAUSAL_CONV1D, SELECTIVE_SCAN)
+
+def _with_numbers(function: Callable) -> Callable:
+    """`linear_scan`, or its reference, as the table calls it: complex tensors as pairs in a last dimension of 2."""
+
+    def call(a, b, *, initial_state=None, **options):
+        if b.dim() < 4 or b.shape[-1] != 2:
+            return function(a, b, initial_state, **options)
+        initial_state = None if initial_state is None else _complex(initial_state)
+        result = function(_complex(a), _complex(b), initial_state, **options)
+        h, *final = map(torch.view_as_real, result if isinstance(result, tuple) else (result,))
+        return h.to(b.dtype), *final
+
+    return call
+
+
+def _step_with_numbers(function: Callable) -> Callable:
+    """`linear_scan_step`, or its reference, likewise, with an a that may be constant in time."""
+
+    def call(state, a, b, **options):
+        has_pairs = b.dim() == 3
+        a, b_number = (_complex(a), _complex(b)) if has_pairs else (a, b)
+        a = a.squeeze(1) if a.dim() == 3 else a
+        if not has_pairs:
+            return function(state, a, b, **options)
+        numbers = _complex(state)
+        h = function(numbers, a, b_number, **options)
+        state.copy_(torch.view_as_real(numbers))
+        return torch.view_as_real(h).to(b.dtype)
+
+    return call
+
+
+def _draw_decay(variates: Tensor, values: dict[str, Any]) -> Tensor:
+    """Of size at most 1, with every sign or angle, or the logarithms of such, some of them -inf."""
+    size, angle = variates[..., :1] if values["complex"] else variates, variates[..., 1:]
+    size = -size.abs().where(size < 1.5, math.inf) if values["log_space"] else size.cos()
+    if not values["complex"]:
+        return size
+    return torch.cat([size, angle] if values["log_space"] else [size * angle.cos(), size * angle.sin()], dim=-1)
+
+
+def _linear_shapes(values: dict[str, Any]) -> dict[str, str]:
+    shapes = {"a": values["a"], "b": "B L D", "y": "B L D", "initial_state": "N D", "final_state": "N D"}
+    return {name: f"{letters} P" if values["complex"] else letters for name, letters in shapes.items()}
+
+
+LINEAR_SCAN = Operator(
+    name="linear_scan",
+    function=_with_numbers(ops.linear_scan.linear_scan),
+    step=_step_with_numbers(ops.linear_scan.linear_scan_step),
+    reference=_with_numbers(ops.linear_scan.reference),
+    reference_step=_step_with_numbers(ops.linear_scan.reference_step),
+    # E is the one of a constant dimension, P the two parts of a complex number.
+    arguments={"b": "B L D", "a": "B L D", "initial_state": "N D"},
+    outputs={"y": "B L D", "final_state": "N D"},
+    step_state="state",
+    step_options=("log_space",),
+    autocast=(),
+    factors=COMMON
+    | {
+        "shape": (
+            (2, 17, 3),
+            (2, 1, 4),
+            (1, 2, 5),
+            (3, 3, 2),
+            (2, 127, 16),
+            (1, 129, 33),
+            (1, 650, 100),  # more than two segments, real or complex
+            (1, 31, 1),
+            (3, 32, 20),
+            (2, 33, 8),
+            (0, 5, 3),
+            (2, 5, 0),
+            (2, 0, 3),
+        ),
+        "a": ("B L D", "B L E", "L D", "B E D", "D", "E"),
+        "complex": (False, True),
+        "log_space": (False, True),
+        "reset": (False, True),
+    },
+    shape="B L D",
+    small_shapes=((2, 17, 3), (1, 2, 6), (3, 33, 2), (2, 8, 10), (0, 5, 3), (2, 0, 3)),
+    tiny={"shape": ((1, 3, 2), (2, 2, 2)), "a": ("B L D", "B L E", "D", "E")},
+    options=lambda values: {"log_space": values["log_space"]},
+    variants=_linear_shapes,
+    broadcast=("a",),
+    from_outputs=("a",),
+    state_sizes=lambda sizes: {"E": 1, "P": 2},
+    workspace_bytes=lambda inputs: 0,
+    draw={"a": _draw_decay},
+)
+
+SOFTMAX_SCAN = Operator(
+    name="softmax_scan",
+    function=ops.softmax_scan.softmax_scan,
+    step=ops.softmax_scan.softmax_scan_step,
+    reference=ops.softmax_scan.reference,
+    reference_step=ops.softmax_scan.reference_step,
+    arguments={"v": "B L H V", "s": "B L H", "m": "N H", "n": "N H", "w": "N H V"},
+    outputs={"y": "B L H V", "final_m": "N H", "final_n": "N H", "final_w": "N H V"},
+    state={"m": -math.inf, "n": 0.0, "w": 0.0},
+    step_state="state",
+    step_options=(),
+    autocast=(),
+    factors=COMMON
+    | {
+        "shape": (
+            (2, 17, 3, 5),
+            (2, 1, 4, 3),
+            (1, 2, 5, 1),
+            (3, 3, 2, 2),
+            (2, 127, 16, 4),
+            (1, 129, 3, 33),
+            (1, 1000, 2, 6),
+            (1, 31, 1, 1),
+            (3, 32, 1, 20),
+            (2, 33, 1, 64),
+            (2, 9, 65, 3),
+            (0, 5, 3, 4),
+            (2, 5, 0, 4),
+            (2, 5, 3, 0),
+            (2, 0, 3, 4),
+        ),
+    },
+    shape="B L H V",
+    small_shapes=((2, 17, 3, 5), (1, 2, 6, 1), (3, 33, 2, 3), (2, 8, 1, 40), (0, 5, 3, 4), (2, 0, 3, 4)),
+    tiny={"shape": ((1, 3, 2, 2), (2, 2, 1, 2))},
+    options=lambda values: {},
+    state_sizes=lambda sizes: {},
+    workspace_bytes=lambda inputs: 0,
+    kept_bytes=lambda inputs: 2 * inputs.tensors["s"].numel() * inputs.accumulator.itemsize,  # m and n of every token
+    from_outputs=("s", "m", "n"),
+    harmless={"s": (-math.inf,)},
+    draw={"n": lambda t, values: 0.5 + t.abs()},
+    lean={"V": 64},
+)
+
+OPERATORS = (CAUSAL_CONV1D, LINEAR_SCAN, SELECTIVE_SCAN, SOFTMAX_SCAN)
