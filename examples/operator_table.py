@@ -16,7 +16,7 @@ from torch import Tensor
 import seqkern.nn
 from seqkern.testing import interleaved
 
-CALLERS = [seqkern.nn.conv, seqkern.nn.mamba]  # modules that call operators
+CALLERS = [seqkern.nn.conv, seqkern.nn.mamba, seqkern.nn._scan, seqkern.nn.aaren]  # modules that call operators
 
 # ---- what one would write without seqkern, for the arguments that those layers give here
 
@@ -53,6 +53,41 @@ def plain_token(h, u, delta, A, B, C, D, z, delta_bias):
     return h, (y * F.silu(z)).to(u.dtype)
 
 
+def plain_linear_scan(a, b, initial_state, *, log_space=False, **absent):
+    a = (a.exp() if log_space else a).expand_as(b)
+    h, outputs = torch.zeros_like(b[:, 0]), []
+    for a_t, b_t in zip(a.unbind(1), b.unbind(1), strict=True):
+        h = a_t * h + b_t
+        outputs.append(h)
+    return torch.stack(outputs, dim=1).to(b.dtype)
+
+
+def plain_linear_scan_step(state, a, b, *, log_space=False):
+    state.copy_((a.exp() if log_space else a) * state + b)
+    return state.to(b.dtype)
+
+
+def plain_softmax_scan(s, v, initial_state, **absent):
+    m, n, w = s.new_full(s[:, 0].shape, -torch.inf), torch.zeros_like(s[:, 0]), torch.zeros_like(v[:, 0])
+    outputs = []
+    for s_t, v_t in zip(s.unbind(1), v.unbind(1), strict=True):
+        m, n, w = plain_softmax_token(m, n, w, s_t, v_t)
+        outputs.append(w / n[..., None])
+    return torch.stack(outputs, dim=1)
+
+
+def plain_softmax_scan_step(state, s, v):
+    for old, new in zip(state, plain_softmax_token(*state, s, v), strict=True):
+        old.copy_(new)
+    return (state[2] / state[1][..., None]).to(v.dtype)
+
+
+def plain_softmax_token(m, n, w, s, v):
+    top = torch.maximum(m, s)
+    old, new = torch.exp(m - top), torch.exp(s - top)
+    return top, old * n + new, old[..., None] * w + new[..., None] * v
+
+
 # ---- recording and timing
 
 
@@ -85,6 +120,10 @@ OPERATORS = [
     Operator("causal_conv1d_step", plain_causal_conv1d_step, {"step": Call.forward}),
     Operator("selective_scan", plain_selective_scan, TRAINING),
     Operator("selective_scan_step", plain_selective_scan_step, {"step": Call.forward}),
+    Operator("linear_scan", plain_linear_scan, TRAINING),
+    Operator("linear_scan_step", plain_linear_scan_step, {"step": Call.forward}),
+    Operator("softmax_scan", plain_softmax_scan, TRAINING),
+    Operator("softmax_scan_step", plain_softmax_scan_step, {"step": Call.forward}),
 ]
 
 

@@ -36,6 +36,13 @@ State = Tensor | tuple[Tensor, ...]  # of one layer
 MIXERS = {
     "mamba": lambda dim, layer: seqkern.nn.Mamba(dim),
     "conv": lambda dim, layer: seqkern.nn.GatedConv(dim, 2 * dim, width=4, dilation=2**layer),
+    "mingru": lambda dim, layer: seqkern.nn.MinGRU(dim),
+    "minlstm": lambda dim, layer: seqkern.nn.MinLSTM(dim),
+    "lru": lambda dim, layer: seqkern.nn.LRU(dim, dim),
+    "rglru": lambda dim, layer: seqkern.nn.RGLRU(dim, num_heads=dim // 16),
+    "s5": lambda dim, layer: seqkern.nn.S5(dim, 2 * dim),
+    "hgrn": lambda dim, layer: seqkern.nn.HGRN(dim, lower_bound=layer / 5),
+    "aaren": lambda dim, layer: seqkern.nn.Aaren(dim, num_heads=dim // 16),
 }
 
 # ---- the text
@@ -187,7 +194,9 @@ def main() -> None:
     size = f"{len(text):,} bytes of text, {sum(p.numel() for p in model.parameters()):,} parameters"
     print(f"{size}, mixer {options.mixer}, {options.device}, {options.dtype}")
 
-    with torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bfloat16"):
+    # Without autocast's cache of weights, which lasts until the block ends: the first step's would serve every step.
+    autocast = {"enabled": options.dtype == "bfloat16", "cache_enabled": False}
+    with torch.autocast(torch.device(options.device).type, torch.bfloat16, **autocast):
         last_batch = train(model, text, options, generator)
         validation = evaluate(model, validation_text, options)
         print(f"validation loss {validation:.3f} nats/byte ({validation / math.log(2):.2f} bits)\n")

@@ -53,14 +53,30 @@ def sample_of(output):
 
 def rows_of(output):
     """The operator table: (operator, pass, calls, seqkern ms, PyTorch ms, difference)."""
-    row = r"^(causal_conv1d\S*|selective_scan\S*) +(\S.*?) +(\d+) +([\d.]+) +([\d.]+) +[\d.]+x +(\S+)$"
+    row = r"^(\w+) +(forward|forward \+ backward|step) +(\d+) +([\d.]+) +([\d.]+) +[\d.]+x +(\S+)$"
     return re.findall(row, output, re.MULTILINE)
 
 
+def validation_loss(output):
+    return float(re.search(r"^validation loss ([\d.]+) nats/byte", output, re.MULTILINE)[1])
+
+
+def titles_of(*operators):
+    """The first two columns of that table for these operators."""
+    passes = [("{}", "forward"), ("{}", "forward + backward"), ("{}_step", "step")]
+    return [(name.format(operator), title) for operator in operators for name, title in passes]
+
+
+def losses_of(output):
+    """Of the first step and of the last, for every training."""
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+) nats/byte .* bytes/s", output)]
+    return list(zip(losses[::3], losses[2::3], strict=True))  # three lines for three steps
+
+
 def test_train_text(output):
-    first, last = (float(x) for x in re.findall(r"loss ([\d.]+) nats/byte .* bytes/s", output)[::2])
+    [(first, last)] = losses_of(output)
     assert last < first
-    assert re.search(r"^validation loss [\d.]+ nats/byte", output, re.MULTILINE)
+    assert validation_loss(output) < last
 
     sample = sample_of(output)
     assert sample.startswith("the") and len(sample.encode(errors="replace")) >= 33
@@ -69,11 +85,7 @@ def test_train_text(output):
     assert float(logits[1]) < 1e-4
 
     rows = rows_of(output)
-    assert [(row[0], row[1]) for row in rows] == [
-        (name, title)
-        for operator in ("causal_conv1d", "selective_scan")
-        for name, title in [(operator, "forward"), (operator, "forward + backward"), (f"{operator}_step", "step")]
-    ]
+    assert [row[:2] for row in rows] == titles_of("causal_conv1d", "selective_scan")
     for *_, calls, ours_ms, plain_ms, difference in rows:
         assert int(calls) > 0 and float(ours_ms) > 0 and float(plain_ms) > 0 and float(difference) < 1e-4
 
@@ -84,8 +96,11 @@ def test_train_text_repeats_with_a_seed(train_text, output):
     assert re.search("validation loss .*", output)[0] == re.search("validation loss .*", again)[0]
 
 
-def test_train_text_in_bfloat16(train_text):
-    assert len(rows_of(train_text("--dtype", "bfloat16"))) == 6
+def test_train_text_in_bfloat16(train_text, output):
+    """It learns as much."""
+    half = train_text("--dtype", "bfloat16")
+    assert len(rows_of(half)) == 6
+    assert abs(validation_loss(half) - validation_loss(output)) < 0.05
 
 
 def test_train_text_with_a_convolution(train_text):
@@ -94,10 +109,36 @@ def test_train_text_with_a_convolution(train_text):
     assert len(rows_of(output)) == 3
 
 
+LINEAR = ["mingru", "minlstm", "lru", "rglru", "s5", "hgrn"]
+
+
+@pytest.mark.parametrize("mixer", [*LINEAR, "aaren"])
+def test_train_text_with_a_scan(train_text, mixer):
+    output = train_text("--mixer", mixer)
+    [(first, last)] = losses_of(output)
+    assert last < first
+    assert float(re.search(r"step by step against at once: (\S+)", output)[1]) < 1e-4
+    rows = rows_of(output)
+    assert [row[:2] for row in rows] == titles_of("linear_scan" if mixer in LINEAR else "softmax_scan")
+    assert all(float(row[-1]) < 1e-4 for row in rows)
+
+
 def test_train_text_refuses_a_text_that_is_too_short(tmp_path):
     (tmp_path / "text.txt").write_text("too short")
     with pytest.raises(AssertionError, match=r"train_text: text\.txt has 9 bytes"):
         run("train_text.py", "--text", "text.txt", cwd=tmp_path)
+
+
+def test_rat(tmp_path):
+    (tmp_path / "text.txt").write_text("How many more times must the wheel go round? " * 200)
+    output = run("rat.py", *"--steps 3 --text text.txt --batch 2 --length 64".split(), cwd=tmp_path)
+    differences = re.findall(r"^chunks of (\d+): differs from the same written out by (\S+)$", output, re.MULTILINE)
+    assert [chunk for chunk, _ in differences] == ["1", "16", "64"]
+    assert all(float(difference) < 1e-12 for _, difference in differences)
+    trainings = losses_of(output)
+    assert len(trainings) == 3 and all(last < first for first, last in trainings)
+    rows = re.findall(r"^ +(\d+) +(\d+) +([\d.]+) nats/byte +\d+ s$", output, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("1", "64"), ("16", "4"), ("64", "1")]
 
 
 @pytest.mark.slow
