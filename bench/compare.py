@@ -140,7 +140,8 @@ def _call(device: str, label: str):
     from contest import Contest
 
     try:
-        row = next(row for op in cases.operators() for row in cases.rows(op, device) if row.label == label)
+        op = label.partition(" ")[0]
+        row = next(row for row in cases.rows(op, device) if row.label == label)
         call = Contest(row).call(row.function)
         call()
     except (AttributeError, ImportError, RuntimeError, StopIteration, TypeError) as error:

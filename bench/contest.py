@@ -129,17 +129,18 @@ class Contest:
         take_turns = functools.partial(timed, device=device, attempts=attempts)
         with reused_pages():
             calls = {name: self.call(function) for name, function in self.functions.items()}
+            calls |= {name: self.call(function) for name, function in row.yardsticks.items()}
             calls[COPY] = roofline.copy(row.bytes, device)
             if row.kind == "step":
                 calls[EMPTY] = functools.partial(empty_operator, next(filter(torch.is_tensor, self.inputs.values())))
             warm, others_share = take_turns(calls, rounds=rounds, limit_s=SAMPLES_S)
             times = {name: {"warm": timing} for name, timing in warm.items()}
-            compared = {name: call for name, call in calls.items() if name in (OURS, COPY, "torch")}
+            compared = {name: calls[name] for name in (OURS, COPY, "torch", *row.yardsticks) if name in calls}
             cold, _ = take_turns(compared, rounds=cold_rounds, cold=True, limit_s=SAMPLES_S / 4)
             for name, timing in cold.items():
                 times[name]["cold"] = timing
             if device == "cpu" and row.kind != "step":
-                fresh = {name: fresh_pages(calls[name]) for name in (OURS, "torch") if name in calls}
+                fresh = {name: fresh_pages(call) for name, call in compared.items() if name != COPY}
                 if all(fresh.values()):
                     again, _ = take_turns(fresh, rounds=cold_rounds, limit_s=SAMPLES_S / 4)
                     for name, timing in again.items():

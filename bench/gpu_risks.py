@@ -145,7 +145,7 @@ def numerics(gpu) -> str:
 
     errors = {}
     for operator in OPERATORS:
-        inputs = operator.full_case(shape=(2, 40, 129)).inputs(gpu.device)
+        inputs = _full_case(operator, 129).inputs(gpu.device)
         exact, cotangents = inputs.to(torch.float64), inputs.cotangents()
         actual = _everything(inputs, cotangents)
         expected = _everything(exact, cotangents, operator.reference, operator.reference_step)
@@ -155,11 +155,17 @@ def numerics(gpu) -> str:
     return f"largest relative errors: {text}"
 
 
+def _full_case(operator, length: int):
+    """All options at once, two rows of some tokens."""
+    sizes = {"B": 2, "L": length}
+    return operator.full_case(shape=tuple(sizes.get(letter, 40) for letter in operator.shape.split()))
+
+
 def _everything(inputs, cotangents: dict, function=None, step=None) -> dict[str, torch.Tensor]:
     """Outputs, gradients, and one step from the initial state."""
     outputs, gradients = inputs.gradients(cotangents, function)
-    state = inputs.tensors["initial_state"].clone()
-    return outputs | gradients | {"token": inputs.step(0, state, step), "state": state}
+    state = {f"next {name}": tensor.clone() for name, tensor in zip(inputs.operator.state, inputs.state, strict=True)}
+    return outputs | gradients | {"token": inputs.step(0, list(state.values()), step)} | state
 
 
 def side_stream(gpu) -> str:
@@ -222,7 +228,7 @@ def graph(gpu) -> str:
     from seqkern.testing import OPERATORS
 
     for operator in OPERATORS:
-        case = operator.full_case(shape=(2, 64, 300))
+        case = _full_case(operator, 300)
         inputs = case.inputs(gpu.device)
         cotangents = inputs.cotangents()
         results = {name: value.clone() for name, value in _everything(inputs, cotangents).items()}

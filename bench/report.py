@@ -43,7 +43,7 @@ def table(results: list[Result]) -> str:
                 f"{result.errors[OURS]:.0e}",
             ]
         )
-    names = list(dict.fromkeys(name for result in results for name in result.errors if name != OURS))
+    names = _competitors(results)
     others = [[*NAMES, *names]]
     for line, result in zip(own[1:], results, strict=True):
         others.append([*line[: len(NAMES)], *(_against(result, name) for name in names)])
@@ -56,6 +56,12 @@ def table(results: list[Result]) -> str:
             *_notes(results),
         ]
     )
+
+
+def _competitors(results: list[Result]) -> list[str]:
+    """All that is timed beside seqkern and has a column: competitors, then yardsticks."""
+    rivals = [name for result in results for name in result.errors if name != OURS]
+    return list(dict.fromkeys([*rivals, *(name for result in results for name in result.row.yardsticks)]))
 
 
 def _unit(result: Result) -> str:
@@ -76,7 +82,7 @@ def _against(result: Result, name: str) -> str:
     if name not in result.times:
         return ""
     ratio, _, _ = ratio_of(result, name)
-    return f"{ratio:.2f}x {result.errors[name]:.0e}"
+    return f"{ratio:.2f}x {result.errors[name]:.0e}" if name in result.errors else f"{ratio:.2f}x"
 
 
 def ratio_of(result: Result, name: str) -> tuple[float, float, float]:
@@ -199,9 +205,9 @@ def _plot(path: Path, contents: dict, results: list[Result]) -> None:
     """One group of bars per row: time of seqkern and of each competitor, and the floor as a line across the group."""
     import matplotlib.pyplot as plt
 
-    names = [OURS, *dict.fromkeys(name for result in results for name in result.errors if name != OURS)]
+    names = [OURS, *_competitors(results)]
     colours = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
-    height = sum(len(result.errors) + 1.5 for result in results)
+    height = sum(len(result.errors) + len(result.row.yardsticks) + 1.5 for result in results)
     figure, axes = plt.subplots(figsize=(11, 1.5 + 0.14 * height), layout="constrained")
     y, ticks = 0.0, []
     for result in results:

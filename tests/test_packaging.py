@@ -127,17 +127,29 @@ def test_unknown_instruction_set():
     assert "got 'avx1024'" in result.stderr
 
 
-def test_plan_is_printed():
-    shape = "--batch 1 --channels 1536 --length 2048 --width 4 --dtype bf16".split()
-    result = run("-m", "seqkern.plan", "causal_conv1d", *shape)
+PLANS = {  # shapes, and the bytes that a forward moves
+    "causal_conv1d": ("--channels 1536 --length 2048 --width 4", 2 * 1536 * 2048 * 2 + 1536 * 5 * 2),
+    "linear_scan": ("--channels 1024 --length 4096 --constant-over-time", 2 * 1024 * 4096 * 2 + 1024 * 2),
+    "selective_scan": (
+        "--channels 1536 --length 2048 --states 16 --no-checkpoints",
+        (4 * 1536 + 2 * 16) * 2048 * 2 + 1536 * 18 * 4,
+    ),
+    "softmax_scan": ("--heads 16 --size 64 --length 2048", (2 * 64 + 1) * 16 * 2048 * 2 + 2 * 16 * 2048 * 4),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan_is_printed(name):
+    shape, moved = PLANS[name]
+    result = run("-m", "seqkern.plan", name, "--batch", "1", "--dtype", "bf16", *shape.split())
     if not HAS_PYTHON_MODULE:
         assert result.stderr.startswith("seqkern.plan needs seqkern._C")
         return
     assert result.returncode == 0, result.stderr
     for call in ("forward", "backward", "step"):
-        assert f"causal_conv1d {call}\n" in result.stdout
-    moved = 2 * 1536 * 2048 * 2 + 1536 * 5 * 2  # x and y, weight and bias
-    assert re.search(rf"bytes moved +{moved:,}", result.stdout)
+        assert f"{name} {call}\n" in result.stdout
+    forward, _, _ = result.stdout.partition("backward")
+    assert re.search(rf"bytes moved +{moved:,}\n", forward)
 
 
 # ---- the binary

@@ -4,7 +4,8 @@
     seqkern.compat.install()
     from causal_conv1d import causal_conv1d_fn      # seqkern's
 
-One module per package, named like it. Call `install` before whatever imports the package. Of transformers that is the
+One module per package, named like it; its MODULES say what each of the package's modules holds, as a mapping where a
+name there is not the function's own. Call `install` before whatever imports the package. Of transformers that is the
 model's own module: its Mamba models look for mamba_ssm and causal_conv1d when it is imported, and on every device.
 """
 
@@ -17,11 +18,11 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import causal_conv1d, mamba_ssm, selective_scan_cuda
+from . import accelerated_scan, causal_conv1d, mamba_ssm, selective_scan_cuda
 
 __all__ = ["install", "installed", "uninstall"]
 
-_PACKAGES = (causal_conv1d, mamba_ssm, selective_scan_cuda)
+_PACKAGES = (accelerated_scan, causal_conv1d, mamba_ssm, selective_scan_cuda)
 _displaced: dict[str, ModuleType | None] = {}  # what stood in sys.modules under each name that `install` took
 
 
@@ -48,7 +49,8 @@ def install(force: bool = False) -> list[str]:
             module = ModuleType(name, f"{source.__name__} in place of {name}.")
             module.__spec__ = ModuleSpec(name, loader=None, is_package=is_package)
             module.__version__ = source.VERSION
-            module.__dict__.update({item: getattr(source, item) for item in contents})
+            names = contents if isinstance(contents, dict) else dict(zip(contents, contents, strict=True))
+            module.__dict__.update({item: getattr(source, own) for item, own in names.items()})
             _displaced[name] = sys.modules.get(name)
             sys.modules[name] = module
             if is_package:
