@@ -76,7 +76,7 @@ struct Step {
     return row < p.rows ? row : -1;
   }
 
-  static constexpr int64_t kStepGrain = 1 << 16;  // elements worth another thread
+  static constexpr int64_t kStepGrain = 1 << 15;  // elements worth another thread
 };
 
 }  // namespace

@@ -4,8 +4,9 @@ Names, argument orders and layouts are those of accelerated_scan 0.3, and of `ac
 called before. Beyond it: CPU, float64, any length everywhere, carries in float32 for 16-bit data, gates and tokens of
 different dtypes, gates of size 1 in some dimensions, second derivatives. The differences:
 
-- Time is the last dimension here and channels are in seqkern, so that gates and tokens are copied into the order
-  (B, T, C) and the result back. Code that has its data as (B, T, C) saves that by calling `seqkern.linear_scan`.
+- Time is the last dimension here and channels are in seqkern: gates and tokens are copied into the order (B, T, C) and
+  the result back. Code that has its data as (B, T, C) saves that by calling `seqkern.linear_scan`. On a CPU nothing is
+  copied where gates and tokens have one shape: there every channel is scanned as a sequence of one channel.
 - `complex.scan` takes real gates too.
 - `split`, `merge` and `scan1` of `ref`, and the Triton kernels, are not here.
 - Bad arguments raise seqkern's errors.
@@ -52,6 +53,9 @@ def scan_inputs(forget: Tensor, inputs: Tensor) -> Tensor:
 
 def scan_forward(gates: Tensor, tokens: Tensor, reverse: bool = False) -> Tensor:
     """`scan` in one direction or the other; reversed it starts at the last token."""
+    if tokens.device.type == "cpu" and tokens.dim() == 3 and gates.shape == tokens.shape:
+        channels = (t.flatten(0, 1)[..., None] for t in (gates, tokens))  # (B C, T, 1)
+        return linear_scan(*channels, reverse=reverse)[..., 0].unflatten(0, tokens.shape[:2])
     # Copied here rather than by the operator, which would keep the originals for the backward and copy them again.
     x = linear_scan(gates.mT.contiguous(), tokens.mT.contiguous(), reverse=reverse)
     return x.mT.contiguous()

@@ -173,9 +173,9 @@ def scan(s: Tensor, v: Tensor, m: Tensor, n: Tensor, w: Tensor) -> tuple[Tensor,
     unit = exp_difference(m, maxima[:, 0])
     n, w = (unit * t if t.dim() == 2 else unit[..., None] * t for t in unless_empty(m, n, w))
     ns, ws = [], []
-    for t in range(s.shape[1]):
-        n = decay[:, t] * n + p[:, t]  # [sum]
-        w = decay[:, t, :, None] * w + p[:, t, :, None] * v[:, t]  # [sumv]
+    for decay_t, p_t, v_t in zip(*(x.unbind(1) for x in (decay, p, v)), strict=True):  # a slice each is quadratic in L
+        n = decay_t * n + p_t  # [sum]
+        w = decay_t[..., None] * w + p_t[..., None] * v_t  # [sumv]
         ns.append(n), ws.append(w)
     o = quotient(torch.stack(ws, dim=1), torch.stack(ns, dim=1), after) if ws else v  # [out]
 
