@@ -29,6 +29,6 @@ void step(const StepParams& p) {
 
 }  // namespace
 
-extern const CpuKernels kernels = {fwd, bwd, step};
+const CpuKernels kernels = {fwd, bwd, step};
 
 }  // namespace seqkern::linear_scan::SEQKERN_ISA

@@ -24,6 +24,8 @@ struct Block {
 
 // Elements that a thread holds in its first-level cache: of a tile, and of a row.
 constexpr int64_t kTileElements = 4096;
+// Long rows of 16-bit data come from memory half as fast again one by one.
+constexpr int64_t kLongHalfRow = 128;
 constexpr int64_t kRowElements = 2048;
 // Tokens of a piece whose gradients are summed first; tiles do not cross chunks.
 constexpr int64_t kChunk = 64;
@@ -46,9 +48,9 @@ template <class F>
 struct Workspace {
   using A = typename F::A;
 
-  Workspace(int64_t pitch, bool prepares_decays, bool has_gradient)
+  Workspace(int64_t pitch, int64_t tile_elements, bool prepares_decays, bool has_gradient)
       : pitch(pitch),
-        tile_tokens(tokens_of_tile(pitch)),
+        tile_tokens(tokens_of_tile(pitch, tile_elements)),
         scratch_((has_gradient ? 4 : 2) * Scratch::bytes_of<A>(pitch) +
                  (prepares_decays + has_gradient) * Scratch::bytes_of<A>(tile_tokens * pitch)) {
     carry = scratch_.take<A>(pitch), spare = scratch_.take<A>(pitch);
@@ -66,9 +68,9 @@ struct Workspace {
   A *sums = nullptr, *chunk_sums = nullptr;  // of gradients over time
 
  private:
-  static int64_t tokens_of_tile(int64_t pitch) {
+  static int64_t tokens_of_tile(int64_t pitch, int64_t tile_elements) {
     int64_t tokens = kChunk;
-    while (tokens > 1 && tokens * pitch > kTileElements) tokens /= 2;
+    while (tokens > 1 && tokens * pitch > tile_elements) tokens /= 2;
     return tokens;
   }
   Scratch scratch_;

@@ -61,7 +61,10 @@ struct Scan : Call<F> {
   }
 
   Workspace<F> make_workspace(int64_t pitch) const {
-    return Workspace<F>(pitch, !this->are_decays_in_place() || in.a.dtype != in.accumulator, gradient != nullptr);
+    const bool by_row = size_of(x.dtype) == 2 && pitch >= kLongHalfRow;
+    const int64_t tile_elements = by_row ? pitch : kTileElements;
+    return Workspace<F>(pitch, tile_elements, !this->are_decays_in_place() || in.a.dtype != in.accumulator,
+                        gradient != nullptr);
   }
 
   // The first run at or after a position.

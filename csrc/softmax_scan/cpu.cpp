@@ -25,6 +25,6 @@ void step(const StepParams& p) {
 
 }  // namespace
 
-extern const CpuKernels kernels = {fwd, bwd, step};
+const CpuKernels kernels = {fwd, bwd, step};
 
 }  // namespace seqkern::softmax_scan::SEQKERN_ISA
