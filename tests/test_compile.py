@@ -64,12 +64,13 @@ def test_no_length_and_one_token(operator, options):
 
 
 def test_step_updates_its_state_in_a_graph(operator):
-    inputs = operator.case(initial_state=True).inputs()
-    step = torch.compile(operator.step, fullgraph=True, backend="aot_eager")
-    states = [[part.clone() for part in inputs.state] for _ in range(2)]
-    for t in range(3):
-        ys = [inputs.step(t, state, function) for state, function in zip(states, (step, None), strict=True)]
-        assert torch.equal(*ys) and all(map(torch.equal, *states))
+    for kind in [{"complex": value} for value in operator.factors.get("complex", ())] or [{}]:
+        inputs = operator.case(initial_state=True, **kind).inputs()
+        step = torch.compile(operator.step, fullgraph=True, backend="aot_eager")
+        states = [[part.clone() for part in inputs.state] for _ in range(2)]
+        for t in range(3):
+            ys = [inputs.step(t, state, function) for state, function in zip(states, (step, None), strict=True)]
+            assert torch.equal(*ys) and all(map(torch.equal, *states))
 
 
 @pytest.mark.slow

@@ -45,6 +45,20 @@ def forbid_grad(op: str, **tensors: torch.Tensor | None) -> None:
                 )
 
 
+def writable_pairs(state: torch.Tensor) -> torch.Tensor:
+    """A complex state as pairs of real numbers for a step to update; afterwards goes `write_pairs`.
+
+    The compiler cannot follow a write through a view of another dtype: for it they are a copy.
+    """
+    pairs = torch.view_as_real(state)
+    return pairs.clone() if torch.compiler.is_compiling() else pairs
+
+
+def write_pairs(state: torch.Tensor, pairs: torch.Tensor) -> None:
+    if torch.compiler.is_compiling():
+        state.copy_(torch.view_as_complex(pairs))
+
+
 def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
     """What op.cpp checks of real tensors, for shape functions: torch calls those as soon as one tensor is "meta"."""
     (first, reference), *others = tensors.items()

@@ -26,7 +26,15 @@ from torch import Tensor
 from .._config import settings
 from .._load import library
 from .._sequences import previous
-from .._torch import accumulator, check_devices, forbid_grad, needs_graph, vmap_over_channels
+from .._torch import (
+    accumulator,
+    check_devices,
+    forbid_grad,
+    needs_graph,
+    vmap_over_channels,
+    writable_pairs,
+    write_pairs,
+)
 from ._linear_scan import reference, reference_step
 
 __all__ = ["linear_scan", "linear_scan_step", "reference", "reference_step", "register"]
@@ -142,18 +150,17 @@ def linear_scan_step(
     """
     forbid_grad("linear_scan_step", state=state, a=a, b=b)
     if is_complex := state.is_complex():
-        whole, state, a, b = state, torch.view_as_real(state), _pairs(a), _pairs(b)
-        if torch.compiler.is_compiling():  # which cannot follow a write through a view of another dtype
-            state = state.clone()
+        pairs, a, b = writable_pairs(state), _pairs(a), _pairs(b)
     elif a.is_complex() or b.is_complex():
         given = str(state.dtype).removeprefix("torch.")
         advice = "convert it with .to(state.dtype.to_complex())"
         raise RuntimeError(f"linear_scan_step: state must be complex where a or b is, got {given}; {advice}")
     a = _with_dims(a, 3 if is_complex else 2)
-    h = library.ops.linear_scan_step(state, a, b, state_indices, is_complex, log_space)
-    if is_complex and torch.compiler.is_compiling():
-        whole.copy_(torch.view_as_complex(state))
-    return torch.view_as_complex(h) if is_complex else h
+    h = library.ops.linear_scan_step(pairs if is_complex else state, a, b, state_indices, is_complex, log_space)
+    if not is_complex:
+        return h
+    write_pairs(state, pairs)
+    return torch.view_as_complex(h)
 
 
 def _numbers(*tensors: Tensor | None) -> tuple[bool, tuple[Tensor | None, ...]]:

@@ -35,6 +35,8 @@ from .._torch import (
     needs_graph,
     requires_grad,
     vmap_over_channels,
+    writable_pairs,
+    write_pairs,
 )
 from ._selective_scan import Call, is_two_exp, reference, reference_step
 
@@ -189,11 +191,15 @@ def selective_scan_step(
     two_exp = is_two_exp("selective_scan_step", transition)
     tensors = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
     forbid_grad("selective_scan_step", state=state, **tensors)
-    if A.is_complex():
-        named = {"state": state, "A": A, "B": B, "C": C}
-        state, A, B, C = (_pairs("selective_scan_step", name, tensor) for name, tensor in named.items())
-    args = (state, u, delta, A, B, C, D, z, delta_bias, state_indices, delta_softplus, two_exp)
-    return library.ops.selective_scan_step(*args)
+    others = (D, z, delta_bias, state_indices, delta_softplus, two_exp)
+    if not A.is_complex():
+        return library.ops.selective_scan_step(state, u, delta, A, B, C, *others)
+    named = {"state": state, "A": A, "B": B, "C": C}
+    _, A, B, C = (_pairs("selective_scan_step", name, tensor) for name, tensor in named.items())
+    pairs = writable_pairs(state)
+    y = library.ops.selective_scan_step(pairs, u, delta, A, B, C, *others)
+    write_pairs(state, pairs)
+    return y
 
 
 def _pairs(op: str, name: str, tensor: Tensor) -> Tensor:
