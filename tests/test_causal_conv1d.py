@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import seqkern
-from seqkern.testing.cases import CAUSAL_CONV1D
+from seqkern.testing.operators import CAUSAL_CONV1D
 
 
 def rand(*shape, dtype=torch.float64, seed=0):

@@ -12,7 +12,7 @@ from seqkern import reference
 from seqkern._load import library
 from seqkern.ops import _selective_scan as plain
 from seqkern.testing import assert_close
-from seqkern.testing.cases import SELECTIVE_SCAN
+from seqkern.testing.operators import SELECTIVE_SCAN
 
 
 def rand(*shape, dtype=torch.float64, seed=0):

@@ -1,7 +1,8 @@
 """What tests and benchmarks share: the table of cases, comparison with references, timing."""
 
-from .cases import OPERATORS, Case, Inputs, Operator
+from .cases import Case, Inputs, Operator
 from .compare import assert_close, compare
+from .operators import OPERATORS
 from .timing import Timing, interleaved
 
 __all__ = ["OPERATORS", "Case", "Inputs", "Operator", "Timing", "assert_close", "compare", "interleaved"]
