@@ -14,7 +14,8 @@ template <Target kTarget>
 Tensor step(Tensor state, const Tensor& a, const Tensor& b, const MaybeTensor& state_indices_in, bool complex,
             bool log_space) {
   const Checker check("linear_scan_step");
-  StepParams p{.complex = complex, .log_space = log_space};
+  StepParams p{};
+  p.complex = complex, p.log_space = log_space;
   const auto shape = [&](const char* name, const Tensor& t, Dim first, Dim second) {
     const Dim dims[] = {first, second, {"2", 2}};
     check.shape(name, t, Dims(dims, complex ? 3 : 2));

@@ -29,8 +29,8 @@ struct Inputs {
 };
 
 struct FwdParams : Inputs {
-  Data b;                  // (B, L, D), contiguous channels
-  Data h;                  // (B, L, D), contiguous, dtype of b
+  Data b = {};             // (B, L, D), contiguous channels
+  Data h = {};             // (B, L, D), contiguous, dtype of b
   Array final_state = {};  // (sequences.count, D), accumulator dtype
   void* workspace = nullptr;
 };
@@ -39,11 +39,11 @@ struct FwdParams : Inputs {
 //   [dstate]  g_t = dh_t + c_{t+1}        (+ dfinal_state at the last token);  db_t = g_t;  dinitial_state = c_1
 //   [da]      da_t = conj(h_{t-1}) g_t    (log_space: times conj(a_t)),  summed over the dimensions where a is constant
 struct BwdParams : Inputs {
-  Data dh;                    // (B, L, D), contiguous channels
-  Data h;                     // (B, L, D), contiguous: what the forward returned; absent: da is not wanted
+  Data dh = {};               // (B, L, D), contiguous channels
+  Data h = {};                // (B, L, D), contiguous: what the forward returned; absent: da is not wanted
   Array dfinal_state = {};    // (sequences.count, D), accumulator dtype
-  Data db;                    // (B, L, D), contiguous, dtype of dh
-  Data da;                    // stride 0 along dimensions of size 1, over which it is summed; else contiguous
+  Data db = {};               // (B, L, D), contiguous, dtype of dh
+  Data da = {};               // stride 0 along dimensions of size 1, over which it is summed; else contiguous
   Array dinitial_state = {};  // (sequences.count, D), zero where no sequence reads it
   void* workspace = nullptr;
 };

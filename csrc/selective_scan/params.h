@@ -56,22 +56,22 @@ constexpr int64_t num_chunks(const Sequences& s) {
 }
 
 struct FwdParams : Inputs {
-  Data y;                       // (B, D, L), dtype and memory order of u
+  Data y = {};                  // (B, D, L), dtype and memory order of u
   Array last_state = {};        // (sequences.count, D, N), accumulator dtype
   void* checkpoints = nullptr;  // (B, chunks, N, parts, D), accumulator dtype
   void* workspace = nullptr;
 };
 
 struct BwdParams : Inputs {
-  Data dy;                            // (B, D, L), dtype of u
-  Array dlast_state = {};             // (sequences.count, D, N), accumulator dtype
-  const void* checkpoints = nullptr;  // (B, chunks, N, parts, D), accumulator dtype
-  Data du, ddelta, dz;                // dtype and memory order of u, delta, z
-  Array dA = {};                      // (D, N)
-  Projection dB, dC;                  // contiguous
-  Array dD = {};                      // (D,)
-  Array ddelta_bias = {};             // (D,)
-  Array dinitial_state = {};          // (sequences.count, D, N), zero where no sequence reads it
+  Data dy = {};                        // (B, D, L), dtype of u
+  Array dlast_state = {};              // (sequences.count, D, N), accumulator dtype
+  const void* checkpoints = nullptr;   // (B, chunks, N, parts, D), accumulator dtype
+  Data du = {}, ddelta = {}, dz = {};  // dtype and memory order of u, delta, z
+  Array dA = {};                       // (D, N)
+  Projection dB = {}, dC = {};         // contiguous
+  Array dD = {};                       // (D,)
+  Array ddelta_bias = {};              // (D,)
+  Array dinitial_state = {};           // (sequences.count, D, N), zero where no sequence reads it
   void* workspace = nullptr;
 };
 

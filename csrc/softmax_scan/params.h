@@ -43,8 +43,8 @@ struct Inputs {
 };
 
 struct FwdParams : Inputs {
-  Data o;                       // (B, L, H, V), contiguous, dtype of v
-  State final_state;            // accumulator dtype
+  Data o = {};                  // (B, L, H, V), contiguous, dtype of v
+  State final_state = {};       // accumulator dtype
   void* normalizers = nullptr;  // (B, L, H, 2): m_t and n_t, accumulator dtype; only where a backward may follow
   void* workspace = nullptr;
 };
@@ -58,12 +58,12 @@ struct FwdParams : Inputs {
 // The maximum itself: e = dm - n dn - w . dw of the final state goes to where m came from: to the first token t with
 // m_t = m_final, or to dm_0 if that is m_0 already.
 struct BwdParams : Inputs {
-  Data do_;                           // (B, L, H, V), dtype of v
-  Data o;                             // (B, L, H, V), what the forward returned
+  Data do_ = {};                      // (B, L, H, V), dtype of v
+  Data o = {};                        // (B, L, H, V), what the forward returned
   const void* normalizers = nullptr;  // (B, L, H, 2), accumulator dtype
-  State dfinal_state;                 // accumulator dtype
-  Data ds, dv;                        // contiguous, dtypes of s and v
-  State dinitial_state;               // zero where no sequence reads it
+  State dfinal_state = {};            // accumulator dtype
+  Data ds = {}, dv = {};              // contiguous, dtypes of s and v
+  State dinitial_state = {};          // zero where no sequence reads it
   void* workspace = nullptr;
 };
 
