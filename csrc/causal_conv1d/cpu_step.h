@@ -2,17 +2,10 @@
 #pragma once
 #include "causal_conv1d/cpu_piece.h"
 #include "common/parallel.h"
+#include "common/state_row.h"
 
 namespace seqkern::causal_conv1d {
 namespace {
-
-// Row of conv_state of batch row b, -1: none.
-inline int64_t state_row(const StepParams& p, int64_t b) {
-  if (p.state_indices == nullptr) return b;
-  const int64_t row = p.state_indices_is_int64 ? static_cast<const int64_t*>(p.state_indices)[b]
-                                               : static_cast<const int32_t*>(p.state_indices)[b];
-  return row < p.rows ? row : -1;
-}
 
 template <class T, class State>
 struct Step {

@@ -5,6 +5,7 @@
 #include "common/grid.cuh"
 #include "common/launch.h"
 #include "common/math.cuh"
+#include "common/sequences.cuh"
 
 namespace seqkern::causal_conv1d::cuda {
 namespace {
@@ -25,12 +26,8 @@ __global__ void __launch_bounds__(kStepTile.threads, kStepTile.blocks_per_sm)
   if (b >= p.batch) return;
   const T* x = static_cast<const T*>(p.x) + b * p.x_stride.b + d * p.x_stride.d;
   T* y = static_cast<T*>(p.y) + b * p.y_stride.b + d * p.y_stride.d;
-  int64_t row = b;
-  if (p.state_indices) {
-    row = p.state_indices_is_int64 ? load(static_cast<const int64_t*>(p.state_indices) + b)
-                                   : load(static_cast<const int32_t*>(p.state_indices) + b);
-  }
-  if (row < 0 || row >= p.rows) {
+  const int64_t row = state_row(p, b);
+  if (row < 0) {
     for (int64_t t = 0; t < p.tokens; ++t) store(y + t * p.y_stride.l, static_cast<T>(0.0f));
     return;
   }

@@ -140,4 +140,13 @@ __device__ __forceinline__ Span span_of_state(const Sequences& s, int64_t state,
   return first ? span_at(s, state, tau, 0, reach) : span_at(s, state, tau, reach, 0);
 }
 
+// Of the StepParams of any operator: the row of the state pool that batch row b owns, negative: none.
+template <typename Params>
+__device__ __forceinline__ int64_t state_row(const Params& p, int64_t b) {
+  if (!p.state_indices) return b;
+  const int64_t row = p.state_indices_is_int64 ? load(static_cast<const int64_t*>(p.state_indices) + b)
+                                               : load(static_cast<const int32_t*>(p.state_indices) + b);
+  return row < p.rows ? row : -1;
+}
+
 }  // namespace seqkern

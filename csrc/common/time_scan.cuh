@@ -248,6 +248,21 @@ __device__ __forceinline__ void tile_scan(Recurrence& r, const Sequences& s, con
   r.store(x, tau);
 }
 
+// The launches of a scan on its path: serial(), or tile(pass), with clear() before tiles look back.
+template <typename Serial, typename Tile, typename Clear>
+void run_path(const Cut& cut, const Serial& serial, const Tile& tile, const Clear& clear) {
+  switch (cut.path) {
+    case Path::kSerial:
+      return serial();
+    case Path::kTwoPass:
+      if (cut.tiles > 1) tile(Pass::kSummarize);
+      return tile(Pass::kWalk);
+    case Path::kLookBack:
+      clear();
+      return tile(Pass::kBoth);
+  }
+}
+
 // Clears the flags, by a grid of threads.
 __device__ __forceinline__ void clear_flags(const Cut& cut, void* workspace) {
   const int64_t i = global_thread();

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/sequences.h"
 
 namespace seqkern::time_scan {
 
@@ -97,6 +98,11 @@ constexpr Cut cut_time(const Scan& scan, Choice choice) {
 }
 constexpr Cut cut_time(const Scan& scan) {
   return cut_time(scan, choose_path(scan));
+}
+
+// Sequences without tokens pass their states on, by a launch of its own.
+constexpr bool may_be_empty(const Sequences& s) {
+  return s.cu_seqlens || s.seq_idx || s.length == 0;
 }
 
 }  // namespace seqkern::time_scan

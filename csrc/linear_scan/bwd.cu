@@ -9,7 +9,6 @@ namespace {
 using time_scan::Cut;
 using time_scan::Line;
 using time_scan::Pass;
-using time_scan::Path;
 using time_scan::Place;
 
 // Sums over the lanes of a warp. Afterwards a lane has that of v[i], i = lane / (32 / kCount), in v[0].
@@ -216,19 +215,10 @@ void bwd(const BwdParams& p, const BwdPlan& plan, Stream stream) {
                     .threads = plan.cut.threads,
                     .smem_bytes = plan.smem_bytes,
                     .stream = stream};
-  switch (plan.cut.path) {
-    case Path::kSerial:
-      launch(scan, instance.serial, p, plan.cut, sums, da);
-      break;
-    case Path::kTwoPass:
-      if (plan.cut.tiles > 1) launch(scan, instance.tile, p, plan.cut, sums, da, Pass::kSummarize);
-      launch(scan, instance.tile, p, plan.cut, sums, da, Pass::kWalk);
-      break;
-    case Path::kLookBack:
-      clear_flags(plan.cut, p.workspace, stream);
-      launch(scan, instance.tile, p, plan.cut, sums, da, Pass::kBoth);
-      break;
-  }
+  time_scan::run_path(
+      plan.cut, [&] { launch(scan, instance.serial, p, plan.cut, sums, da); },
+      [&](Pass pass) { launch(scan, instance.tile, p, plan.cut, sums, da, pass); },
+      [&] { clear_flags(plan.cut, p.workspace, stream); });
   if (sums) bwd_reduce(p, plan, stream);
 }
 

@@ -1,6 +1,7 @@
 // One new token per batch row against states that are updated in place. Internal to cpu.cpp.
 #pragma once
 #include "common/parallel.h"
+#include "common/state_row.h"
 #include "linear_scan/cpu_plan.h"
 #include "linear_scan/cpu_rows.h"
 
@@ -23,7 +24,7 @@ struct Step {
   }
 
   void advance(int64_t b, int64_t first) const {
-    const int64_t count = at_most(kStrip, elements - first), row = state_row(b);
+    const int64_t count = at_most(kStrip, elements - first), row = state_row(p, b);
     A states[kStrip], decays[kStrip], inputs[kStrip];
     if (row < 0) {
       for (A& h : states) h = 0;
@@ -66,14 +67,6 @@ struct Step {
       for (int64_t i = 0; i < count; ++i)
         data[(first + i) / F::kParts * to.d * F::kParts + i % F::kParts] = narrow<T>(from[i]);
     });
-  }
-
-  // Row of the state of batch row b, -1: none.
-  int64_t state_row(int64_t b) const {
-    if (p.state_indices == nullptr) return b;
-    const int64_t row = p.state_indices_is_int64 ? static_cast<const int64_t*>(p.state_indices)[b]
-                                                 : static_cast<const int32_t*>(p.state_indices)[b];
-    return row < p.rows ? row : -1;
   }
 
   static constexpr int64_t kStepGrain = 1 << 15;  // elements worth another thread

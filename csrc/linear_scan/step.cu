@@ -26,12 +26,8 @@ __global__ void __launch_bounds__(kStepTile.threads, kStepTile.blocks_per_sm)
   using S = Scalar<R, kComplex>;
   const auto [b, d] = divide(global_thread(), p.channels);
   if (b >= p.batch) return;
-  int64_t row = b;
-  if (p.state_indices) {
-    row = p.state_indices_is_int64 ? load(static_cast<const int64_t*>(p.state_indices) + b)
-                                   : load(static_cast<const int32_t*>(p.state_indices) + b);
-  }
-  if (row < 0 || row >= p.rows) return put(p.h, b, d, S{});
+  const int64_t row = state_row(p, b);
+  if (row < 0) return put(p.h, b, d, S{});
   const S h = madd(decay(value<S>(p.a, b, d), p.log_space), value<S>(p.state, row, d), value<S>(p.b, b, d));
   put(p.state, row, d, h), put(p.h, b, d, h);
 }

@@ -6,7 +6,7 @@
 
 namespace seqkern::linear_scan::cuda {
 
-using time_scan::ceil_div;
+using time_scan::ceil_div, time_scan::may_be_empty;
 
 // Tokens of a chunk: 64 bytes of registers for each tensor, half as many in the backward, which has more tensors.
 constexpr int scalar_bytes(DType accumulator, bool complex) {
@@ -67,11 +67,6 @@ constexpr time_scan::Scan scan_of(const Inputs& in, int tokens, int64_t input_by
           .element = 2 * parts,
           .carry = parts,
           .accumulator = in.accumulator};
-}
-
-// Sequences without tokens pass their states on, by a launch of its own.
-constexpr bool may_be_empty(const Sequences& s) {
-  return s.cu_seqlens || s.seq_idx || s.length == 0;
 }
 
 struct FwdPlan {

@@ -1,6 +1,7 @@
 // One new token per batch row against states that are updated in place. Internal to cpu.cpp.
 #pragma once
 #include "common/parallel.h"
+#include "common/state_row.h"
 #include "selective_scan/cpu_plan.h"
 #include "selective_scan/cpu_scan.h"
 #include "selective_scan/cpu_tile.h"
@@ -55,7 +56,7 @@ struct Step {
         int64_t& channel = along_heads ? c.h : c.p;
         const int64_t end_channel = channel + row_size;
         channel += item % vectors * kLanes<A>;
-        if (const int64_t state = state_row(b); state < 0) {
+        if (const int64_t state = state_row(p, b); state < 0) {
           for (; item < next; ++item, channel += kLanes<A>) {
             c.lanes = static_cast<int>(at_most(kLanes<A>, end_channel - channel));
             store_vector(p.y, c, Vec<A>{});
@@ -195,14 +196,6 @@ struct Step {
     }
     store_states(w.h, p.state, c, row);
     return F::kParts == 2 ? sum + sum : sum;
-  }
-
-  // Row of the state of batch row b, -1: none.
-  int64_t state_row(int64_t b) const {
-    if (p.state_indices == nullptr) return b;
-    const int64_t row = p.state_indices_is_int64 ? static_cast<const int64_t*>(p.state_indices)[b]
-                                                 : static_cast<const int32_t*>(p.state_indices)[b];
-    return row < p.rows ? row : -1;
   }
 
   Plane channels(const StepParams::PerChannel& x, const Channels& c) const {

@@ -9,7 +9,6 @@ namespace {
 using time_scan::Cut;
 using time_scan::Line;
 using time_scan::Pass;
-using time_scan::Path;
 using time_scan::Place;
 
 // What reaches a token t from itself and all later ones [dout] [dsum], relative to its own normalizers; R_ is a lane's
@@ -273,19 +272,10 @@ void bwd(const BwdParams& p, const BwdPlan& plan, Stream stream) {
                     .threads = plan.cut.threads,
                     .smem_bytes = plan.smem_bytes,
                     .stream = stream};
-  switch (plan.cut.path) {
-    case Path::kSerial:
-      launch(scan, instance.serial, p, plan);
-      break;
-    case Path::kTwoPass:
-      if (plan.cut.tiles > 1) launch(scan, instance.tile, p, plan, Pass::kSummarize);
-      launch(scan, instance.tile, p, plan, Pass::kWalk);
-      break;
-    case Path::kLookBack:
-      clear_flags(plan.cut, p.workspace, stream);
-      launch(scan, instance.tile, p, plan, Pass::kBoth);
-      break;
-  }
+  time_scan::run_path(
+      plan.cut, [&] { launch(scan, instance.serial, p, plan); },
+      [&](Pass pass) { launch(scan, instance.tile, p, plan, pass); },
+      [&] { clear_flags(plan.cut, p.workspace, stream); });
   bwd_reduce(p, plan, stream);
 }
 

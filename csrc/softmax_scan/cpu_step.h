@@ -1,5 +1,6 @@
 // One token. Internal to cpu.cpp.
 #pragma once
+#include "common/state_row.h"
 #include "softmax_scan/cpu_call.h"
 
 namespace seqkern::softmax_scan {
@@ -39,7 +40,7 @@ struct Step {
   }
 
   void advance(int64_t b, int64_t head, int64_t heads, const Arrays& a) const {
-    const int64_t row = state_row(b);
+    const int64_t row = state_row(p, b);
     if (row < 0) {
       clear(a.o, whole_vectors<A>(p.size));
       for (int64_t h = head; h < head + heads; ++h) store_values(a.o, p.o, b, h);
@@ -82,14 +83,6 @@ struct Step {
     }
     store_values(a.w, p.w, row, head + h);
     store_values(a.o, p.o, b, head + h);
-  }
-
-  // Row of the state of batch row b, -1: none.
-  int64_t state_row(int64_t b) const {
-    if (p.state_indices == nullptr) return b;
-    const int64_t row = p.state_indices_is_int64 ? static_cast<const int64_t*>(p.state_indices)[b]
-                                                 : static_cast<const int32_t*>(p.state_indices)[b];
-    return row < p.rows ? row : -1;
   }
 
   // Numbers of heads [head, head + heads), and values of one head, of row b.

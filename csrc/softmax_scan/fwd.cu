@@ -8,7 +8,6 @@ namespace {
 using time_scan::Cut;
 using time_scan::Line;
 using time_scan::Pass;
-using time_scan::Path;
 using time_scan::Place;
 
 template <typename R>
@@ -160,16 +159,10 @@ void fwd(const FwdParams& p, const FwdPlan& plan, Stream stream) {
                     .threads = plan.cut.threads,
                     .smem_bytes = plan.smem_bytes,
                     .stream = stream};
-  switch (plan.cut.path) {
-    case Path::kSerial:
-      return launch(scan, instance.serial, p, plan);
-    case Path::kTwoPass:
-      if (plan.cut.tiles > 1) launch(scan, instance.tile, p, plan, Pass::kSummarize);
-      return launch(scan, instance.tile, p, plan, Pass::kWalk);
-    case Path::kLookBack:
-      clear_flags(plan.cut, p.workspace, stream);
-      return launch(scan, instance.tile, p, plan, Pass::kBoth);
-  }
+  time_scan::run_path(
+      plan.cut, [&] { launch(scan, instance.serial, p, plan); },
+      [&](Pass pass) { launch(scan, instance.tile, p, plan, pass); },
+      [&] { clear_flags(plan.cut, p.workspace, stream); });
 }
 
 void clear_flags(const Cut& cut, void* workspace, Stream stream) {

@@ -47,12 +47,8 @@ __global__ void __launch_bounds__(kTile<R>.threads, kTile<R>.blocks_per_sm)
   const auto [bh, lane] = divide(global_thread(), lanes);
   const auto [b, h] = divide(bh, p.heads);
   const bool exists = b < p.batch;
-  int64_t row = b;
-  if (exists && p.state_indices) {
-    row = p.state_indices_is_int64 ? load(static_cast<const int64_t*>(p.state_indices) + b)
-                                   : load(static_cast<const int32_t*>(p.state_indices) + b);
-  }
-  const bool runs = exists && row >= 0 && row < p.rows;
+  const int64_t row = exists ? state_row(p, b) : -1;
+  const bool runs = row >= 0;
   Sums<R> before = Sums<R>::empty();
   R s = R(0);
   if (runs) {

@@ -6,7 +6,7 @@
 
 namespace seqkern::softmax_scan::cuda {
 
-using time_scan::ceil_div;
+using time_scan::ceil_div, time_scan::may_be_empty;
 
 // A channel of the scan is one value of one head. Lanes of a head: a power of two up to a warp, then whole warps; those
 // beyond V have nothing to do. So heads are cut by warps only, and a sum over V is one over lanes and then over warps.
@@ -96,11 +96,6 @@ constexpr int64_t tile_smem_bytes(const Inputs& in, int reals) {
 // And of a warp of the backward, for sums over lanes.
 constexpr int64_t sums_smem_bytes(const Inputs& in) {
   return bwd_tokens(in.accumulator) * (time_scan::kChannels + 1) * size_of(in.accumulator);
-}
-
-// Sequences without tokens pass their states on, by a launch of its own.
-constexpr bool may_be_empty(const Sequences& s) {
-  return s.cu_seqlens || s.seq_idx || s.length == 0;
 }
 
 struct FwdPlan {
