@@ -123,18 +123,30 @@ def test_unknown_instruction_set():
     call = "import torch, seqkern; seqkern.causal_conv1d(torch.ones(1, 2, 3), torch.ones(2, 2))"
     result = run("-c", call, SEQKERN_ISA="avx1024")
     assert result.returncode == 1
-    assert "SEQKERN_ISA must be one of generic, avx2, avx512" in result.stderr
+    assert "SEQKERN_ISA must be one of generic, avx2, avx512, amx" in result.stderr
     assert "got 'avx1024'" in result.stderr
 
 
 PLANS = {  # shapes, and the bytes that a forward moves
     "causal_conv1d": ("--channels 1536 --length 2048 --width 4", 2 * 1536 * 2048 * 2 + 1536 * 5 * 2),
+    "linear_attention": (
+        "--heads 8 --keys 128 --size 64 --length 2048 --decay key",
+        (3 * 128 + 2 * 64) * 8 * 2048 * 2,
+    ),
     "linear_scan": ("--channels 1024 --length 4096 --constant-over-time", 2 * 1024 * 4096 * 2 + 1024 * 2),
+    "mlstm": (
+        "--heads 4 --keys 64 --size 128 --length 2048 --no-backward --states",
+        (2 * (64 + 128) + 2) * 4 * 2048 * 2 + 2 * 4 * (64 * 128 + 64 + 1) * 4,
+    ),
     "selective_scan": (
         "--channels 1536 --length 2048 --states 16 --no-checkpoints",
         (4 * 1536 + 2 * 16) * 2048 * 2 + 1536 * 18 * 4,
     ),
     "softmax_scan": ("--heads 16 --size 64 --length 2048", (2 * 64 + 1) * 16 * 2048 * 2 + 2 * 16 * 2048 * 4),
+    "ssd": (
+        "--heads 24 --size 64 --states 128 --length 2048 --gate --no-backward",
+        ((3 * 64 + 1) * 24 + 2 * 128) * 2048 * 2,
+    ),
 }
 
 
