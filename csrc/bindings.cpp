@@ -7,6 +7,9 @@
 
 #include "causal_conv1d/tile.h"
 #include "common/isa.h"
+#include "linear_attention/tile.h"
+#include "linear_attention/tile_bwd.h"
+#include "linear_attention/tile_step.h"
 #include "linear_scan/tile.h"
 #include "selective_scan/tile.h"
 #include "softmax_scan/tile.h"
@@ -248,6 +251,113 @@ py::dict plan_softmax_scan(int64_t batch, int64_t length, int64_t heads, int64_t
   return plans;
 }
 
+template <typename Tile>
+std::string text_of(const Tile& tile) {
+  const char* operands[] = {"fp32 (tf32)", "bf16", "fp16", "fp64"};
+  return std::to_string(tile.tokens) + " tokens, " + std::to_string(tile.keys) + " keys, " +
+         std::to_string(tile.values) + " values, products of " + operands[static_cast<int>(tile.operand)];
+}
+
+py::dict plan_linear_attention(int64_t batch, int64_t length, int64_t heads, int64_t keys, int64_t size,
+                               const std::string& dtype, int64_t value_heads, const std::string& decay, bool normalize,
+                               bool read_previous, bool bonus, bool skip, bool gate, bool states, bool value_major,
+                               bool split_time, bool backward) {
+  namespace attention = linear_attention;
+  using attention::Form, attention::Normalizer;
+  static const std::map<std::string, Form> kForms = {{"none", Form::kNone},   {"head", Form::kToken},
+                                                     {"token", Form::kToken}, {"key", Form::kKey},
+                                                     {"delta", Form::kDelta}, {"exp", Form::kExp}};
+  const auto form = kForms.find(decay);
+  if (form == kForms.end())
+    throw std::invalid_argument("decay must be none, head, token, key, delta or exp, got " + decay);
+  if (value_heads == 0) value_heads = heads;
+  if (heads < 1 || value_heads % heads != 0) throw std::invalid_argument("heads must divide value_heads");
+  const DType type = dtype_of(dtype), sums = accumulator(type);
+  const auto tokens = [&](int64_t count, int64_t width, bool present = true) -> attention::Data {
+    return {present ? kPresent : nullptr, type, length * count * width, count * width, width};
+  };
+  const auto array = [&](bool present, DType element) { return Array{present ? kPresent : nullptr, element}; };
+
+  attention::Inputs in{};
+  in.sequences.batch = in.sequences.count = batch, in.sequences.length = length;
+  in.heads = heads, in.value_heads = value_heads, in.keys = keys, in.size = size;
+  in.accumulator = sums, in.split_time = split_time, in.value_major = value_major, in.read_previous = read_previous;
+  in.q = in.k = tokens(heads, keys), in.v = tokens(value_heads, size), in.gate = tokens(value_heads, size, gate);
+  in.gates.form = form->second;
+  const bool exponential = in.gates.form == Form::kExp, delta = in.gates.form == Form::kDelta;
+  in.normalizer = exponential ? Normalizer::kMax : normalize ? Normalizer::kSum : Normalizer::kNone;
+  const bool normalized = in.normalizer != Normalizer::kNone;
+  in.gates.decay = tokens(value_heads, in.gates.form == Form::kKey ? keys : 1, in.gates.form != Form::kNone);
+  if (decay == "head") in.gates.decay.b = in.gates.decay.l = 0;
+  in.gates.input = tokens(value_heads, 1, exponential), in.gates.A = array(delta, sums);
+  in.bonus = array(bonus, sums), in.skip = array(skip, sums), in.skip_h = 1;
+  const attention::State state{array(states, sums), array(states && normalized, sums),
+                               array(states && exponential, sums)};
+  in.initial_state = state;
+
+  attention::FwdParams fwd{in};
+  fwd.y = in.v, fwd.final_state = state;
+  if (backward) {
+    fwd.o = tokens(value_heads, size, gate || (skip && normalized));
+    fwd.denominators = normalized ? kPresent : nullptr, fwd.maxima = exponential ? kPresent : nullptr;
+  }
+  attention::BwdParams bwd{};
+  static_cast<attention::Inputs&>(bwd) = in;
+  bwd.dy = bwd.dv = in.v, bwd.dq = in.q, bwd.dk = in.k, bwd.dgate = in.gate,
+  bwd.o = tokens(value_heads, size, gate || normalized);
+  bwd.denominators = normalized ? kPresent : nullptr, bwd.maxima = exponential ? kPresent : nullptr;
+  bwd.ddecay = in.gates.decay, bwd.dinput = in.gates.input, bwd.dA = in.gates.A, bwd.dbonus = in.bonus,
+  bwd.dskip = in.skip;
+  bwd.dfinal_state = bwd.dinitial_state = state;
+
+  attention::StepParams step{};
+  step.batch = step.rows = batch, step.heads = heads, step.value_heads = value_heads, step.keys = keys,
+  step.size = size;
+  step.accumulator = sums, step.form = in.gates.form, step.normalizer = in.normalizer;
+  step.A = in.gates.A, step.bonus = in.bonus, step.skip = in.skip, step.skip_h = 1;
+  const auto rows = [](const attention::Data& x) -> attention::StepParams::Rows {
+    return {x.data, x.dtype, x.l, x.h, 1};
+  };
+  step.q = rows(in.q), step.k = rows(in.k), step.v = step.y = rows(in.v), step.gate = rows(in.gate);
+  step.decay = rows(in.gates.decay), step.input = rows(in.gates.input);
+  step.S = {{kPresent, sums, value_heads * keys * size, keys * size, value_major ? 1 : size}, value_major ? keys : 1};
+  if (normalized) step.z = {kPresent, sums, value_heads * keys, keys, 1};
+  if (exponential) step.m = {kPresent, sums, value_heads, 1, 0};
+
+  const auto why = [](int64_t segments) {
+    return segments > 1 ? "few rows, heads and values: time is cut into segments"
+                        : "a block walks through a row, for a head and a tile of its values";
+  };
+  py::dict plans;
+  {
+    const attention::cuda::FwdPlan plan = attention::cuda::plan_fwd(fwd);
+    py::dict d = facts(why(plan.segments), plan.blocks * plan.segments, attention::cuda::kFwdThreads,
+                       plan.tile.blocks_per_sm, plan.workspace_bytes, plan.bytes);
+    d["chunk"] = text_of(plan.tile);
+    d["segments of a row"] = plan.segments;
+    d["shared memory bytes"] = plan.smem_bytes;
+    d["launches"] = plan.launches;
+    plans["forward"] = d;
+  }
+  {
+    const attention::cuda::BwdPlan plan = attention::cuda::plan_bwd(bwd);
+    py::dict d = facts(why(plan.segments), plan.blocks, attention::cuda::kBwdThreads, plan.tile.blocks_per_sm,
+                       plan.workspace.bytes, attention::cuda::bwd_bytes(bwd));
+    d["chunk"] = text_of(plan.tile);
+    d["segments of a row"] = plan.segments;
+    d["shared memory bytes"] = plan.smem_bytes;
+    d["launches"] = plan.launches;
+    plans["backward"] = d;
+  }
+  {
+    const attention::cuda::StepPlan plan = attention::cuda::plan_step(step);
+    plans["step"] =
+        facts(normalized ? "a block owns a head and its normalizer" : "a block owns a tile of the values of a head",
+              plan.blocks, plan.threads, plan.blocks_per_sm, 0, attention::cuda::step_bytes(step));
+  }
+  return plans;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -268,6 +378,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"), py::arg("constant_over_batch") = false, py::arg("constant_over_time") = false,
         py::arg("constant_over_channels") = false, py::arg("complex") = false, py::arg("log_space") = false,
         py::arg("reset") = false, py::arg("states") = false, py::arg("split_time") = true, "The same.");
+  m.def("plan_linear_attention", &plan_linear_attention, py::kw_only(), py::arg("batch"), py::arg("length"),
+        py::arg("heads"), py::arg("keys"), py::arg("size"), py::arg("dtype"), py::arg("value_heads") = 0,
+        py::arg("decay") = "none", py::arg("normalize") = false, py::arg("read_previous") = false,
+        py::arg("bonus") = false, py::arg("skip") = false, py::arg("gate") = false, py::arg("states") = false,
+        py::arg("value_major") = false, py::arg("split_time") = true, py::arg("backward") = true, "The same.");
   m.def("plan_softmax_scan", &plan_softmax_scan, py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("heads"),
         py::arg("size"), py::arg("dtype"), py::arg("states") = false, py::arg("split_time") = true,
         py::arg("normalizers") = true, "The same.");

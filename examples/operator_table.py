@@ -16,7 +16,8 @@ from torch import Tensor
 import seqkern.nn
 from seqkern.testing import interleaved
 
-CALLERS = [seqkern.nn.conv, seqkern.nn.mamba, seqkern.nn._scan, seqkern.nn.aaren]  # modules that call operators
+LAYERS = "conv mamba mamba2 _scan aaren gla retnet mlstm".split()
+CALLERS = [getattr(seqkern.nn, name) for name in LAYERS]  # modules that call operators
 
 # ---- what one would write without seqkern, for the arguments that those layers give here
 
@@ -88,6 +89,84 @@ def plain_softmax_token(m, n, w, s, v):
     return top, old * n + new, old[..., None] * w + new[..., None] * v
 
 
+def plain_ssd(x, dt, A, B, C, D, z, *, dt_bias, **absent):
+    h, outputs = A.new_zeros(len(x), *x.shape[2:], B.shape[-1]), []
+    for x_t, dt_t, B_t, C_t, z_t in zip(*(t.unbind(1) for t in (x, dt, B, C, z)), strict=True):
+        h, y_t = plain_ssd_token(h, x_t, dt_t, A, B_t, C_t, D, z_t, dt_bias)
+        outputs.append(y_t)
+    return torch.stack(outputs, dim=1)
+
+
+def plain_ssd_step(state, x, dt, A, B, C, D, z, *, dt_bias, **absent):
+    h, y = plain_ssd_token(state, x, dt, A, B, C, D, z, dt_bias)
+    state.copy_(h)
+    return y
+
+
+def plain_ssd_token(h, x, dt, A, B, C, D, z, dt_bias):
+    dt = F.softplus(dt + dt_bias)
+    h = torch.exp(dt * A)[..., None, None] * h + (dt[..., None] * x)[..., None] * B[:, :, None]  # one group
+    y = (h @ C[..., None].to(h.dtype)).squeeze(-1) + D[:, None] * x
+    return h, (y * F.silu(z)).to(x.dtype)
+
+
+def plain_linear_attention(q, k, v, log_decay, **absent):
+    S, outputs = log_decay.new_zeros(len(q), *q.shape[2:], v.shape[-1]), []
+    decays = log_decay.expand(1, q.shape[1], -1) if log_decay.dim() == 1 else log_decay
+    for tokens in zip(*(t.unbind(1) for t in (q, k, v, decays)), strict=True):
+        S, o_t = plain_linear_attention_token(S, *tokens)
+        outputs.append(o_t)
+    return torch.stack(outputs, dim=1)
+
+
+def plain_linear_attention_step(state, q, k, v, log_decay):
+    S, o = plain_linear_attention_token(state, q, k, v, log_decay)
+    state.copy_(S)
+    return o
+
+
+def plain_linear_attention_token(S, q, k, v, log_decay):
+    decay = log_decay.exp()
+    decay = decay[..., None] if decay.dim() == 3 else decay[..., None, None]  # for each key, or one for all
+    S = decay * S + k[..., None] * v[..., None, :].to(S.dtype)
+    return S, (q.shape[-1] ** -0.5 * (q[..., None, :].to(S.dtype) @ S).squeeze(-2)).to(v.dtype)
+
+
+def plain_mlstm(q, k, v, i, f, **absent):
+    wide = torch.promote_types(q.dtype, torch.float32)
+    heads = q[:, 0].to(wide)  # (B, H, K)
+    state = (
+        heads.new_zeros(*heads.shape, v.shape[-1]),
+        torch.zeros_like(heads),
+        torch.full_like(heads[..., 0], -torch.inf),
+    )
+    outputs = []
+    for tokens in zip(*(t.unbind(1) for t in (q, k, v, i, f)), strict=True):
+        state, h_t = plain_mlstm_token(state, *tokens)
+        outputs.append(h_t)
+    return torch.stack(outputs, dim=1)
+
+
+def plain_mlstm_step(state, *token):
+    after, h = plain_mlstm_token(state, *token)
+    for old, new in zip(state, after, strict=True):
+        old.copy_(new)
+    return h
+
+
+def plain_mlstm_token(state, q, k, v, i, f):
+    C, n, m = state
+    q, k, dtype = q.to(C.dtype), k.to(C.dtype), v.dtype
+    carried = F.logsigmoid(f.to(m.dtype)) + m
+    top = torch.maximum(carried, i)
+    old, new = torch.exp(carried - top), torch.exp(i - top)
+    C = old[..., None, None] * C + (new[..., None] * k)[..., None] * v[..., None, :]
+    n = old[..., None] * n + new[..., None] * k
+    scale = q.shape[-1] ** -0.5
+    divisor = torch.maximum((scale * (n * q).sum(-1)).abs(), torch.exp(-top))
+    return (C, n, top), (scale * (q[..., None, :] @ C).squeeze(-2) / divisor[..., None]).to(dtype)
+
+
 # ---- recording and timing
 
 
@@ -124,6 +203,13 @@ OPERATORS = [
     Operator("linear_scan_step", plain_linear_scan_step, {"step": Call.forward}),
     Operator("softmax_scan", plain_softmax_scan, TRAINING),
     Operator("softmax_scan_step", plain_softmax_scan_step, {"step": Call.forward}),
+    Operator("ssd", plain_ssd, TRAINING),
+    Operator("ssd_step", plain_ssd_step, {"step": Call.forward}),
+    Operator("gla", plain_linear_attention, TRAINING),
+    Operator("linear_attention", plain_linear_attention, TRAINING),
+    Operator("linear_attention_step", plain_linear_attention_step, {"step": Call.forward}),
+    Operator("mlstm", plain_mlstm, TRAINING),
+    Operator("mlstm_step", plain_mlstm_step, {"step": Call.forward}),
 ]
 
 
@@ -152,7 +238,7 @@ def run_all(run: Callable, function: Callable, calls: list[Call]) -> list[Tensor
 
 def print_table(step: Callable[[], object], device: str) -> None:
     """Runs `step`, a training step and whatever else calls operators, and times their calls on the tensors they had."""
-    print(f"{'operator':<20}{'pass':<20}{'calls':>5}{'seqkern ms':>12}{'PyTorch ms':>12}{'ratio':>8}{'difference':>12}")
+    print(f"{'operator':<22}{'pass':<20}{'calls':>5}{'seqkern ms':>12}{'PyTorch ms':>12}{'ratio':>8}{'difference':>12}")
     for operator in OPERATORS:
         with recorded(operator) as calls:
             step()
@@ -164,7 +250,7 @@ def print_table(step: Callable[[], object], device: str) -> None:
             timed = {name: partial(run_all, run, function, calls) for name, function in functions.items()}
             times = interleaved(timed, rounds=5, device=device)
             ours, plain = (times[name].median_us / 1000 for name in functions)
-            row = f"{operator.name:<20}{title:<20}{len(calls):>5}{ours:>12.3f}{plain:>12.3f}{plain / ours:>7.1f}x"
+            row = f"{operator.name:<22}{title:<20}{len(calls):>5}{ours:>12.3f}{plain:>12.3f}{plain / ours:>7.1f}x"
             print(f"{row}{difference:>12.1e}", flush=True)
     print("Times: all calls of one training step, and of one token for each row of its batch.")
     print("Difference: the largest, relative to the largest value of each result, gradients included.")

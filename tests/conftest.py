@@ -57,16 +57,22 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_generate_tests(metafunc):
-    if "operator" in metafunc.fixturenames:
-        metafunc.parametrize("operator", OPERATORS, ids=str)
+    operators = OPERATORS
+    if metafunc.definition.get_closest_marker("seq_idx"):
+        operators = [operator for operator in OPERATORS if "seq_idx" in operator.factors["packing"]]
+    if {"operator", "packing"} <= set(metafunc.fixturenames):
+        pairs = [(operator, packing) for operator in operators for packing in operator.factors["packing"]]
+        metafunc.parametrize(("operator", "packing"), pairs, ids=["{}-{}".format(*pair) for pair in pairs])
+    elif "operator" in metafunc.fixturenames:
+        metafunc.parametrize("operator", operators, ids=str)
     for table in TABLES:
         if table not in metafunc.fixturenames:
             continue
-        cases = [case for operator in OPERATORS for case in getattr(operator, f"{table}s")]
+        cases = [case for operator in operators for case in getattr(operator, f"{table}s")]
         if "device" not in metafunc.fixturenames:
             metafunc.parametrize(table, cases, ids=str)
             continue
-        emulated = [case for operator in OPERATORS for case in operator.small_cases]
+        emulated = [case for operator in operators for case in operator.small_cases]
         pairs = [("cpu", case) for case in cases]
         pairs += [("emulator", case) for case in (emulated if table == "case" else cases)]
         if torch.cuda.is_available():

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from seqkern.testing import SERVED
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -18,13 +20,14 @@ pytestmark = pytest.mark.skipif(census.find_nvcc() is None, reason="the census o
 OPERATORS = sorted(path.parent.name for path in ROOT.glob("csrc/*/op.cpp"))
 KERNELS = {
     "causal_conv1d": {"fwd.cu": 10, "bwd.cu": 8, "bwd_general.cu": 12, "step.cu": 4},
+    "linear_attention": {"fwd.cu": 11, "bwd.cu": 12, "bwd_reduce.cu": 2, "step.cu": 4},
     "linear_scan": {"fwd.cu": 10, "bwd.cu": 8, "bwd_reduce.cu": 4, "step.cu": 4},
     "selective_scan": {"fwd.cu": 12, "bwd.cu": 7, "bwd_carry.cu": 4, "bwd_reduce.cu": 4, "step.cu": 4},
     "softmax_scan": {"fwd.cu": 7, "bwd.cu": 4, "bwd_reduce.cu": 4, "step.cu": 2},
 }
 
 
-COMPILE_SECONDS = 40  # of the processor, for an operator on one architecture
+COMPILE_SECONDS = 40  # of the processor, for each operator that a folder serves, on one architecture
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_planned_occupancy_is_reached(rows):
 
 @pytest.mark.parametrize("folder", OPERATORS)
 def test_compilation_keeps_its_budget(compiled, folder):
-    assert 0 < compiled[folder][1] / len(census.ARCHS) < COMPILE_SECONDS
+    assert 0 < compiled[folder][1] / len(census.ARCHS) < COMPILE_SECONDS * SERVED[folder]
 
 
 @pytest.mark.parametrize("arch", census.ARCHS)

@@ -92,7 +92,6 @@ def test_state_indices_that_do_not_fit(operator, device, indices, monkeypatch):
 
 
 PACKINGS = {
-    "both": ({"cu_seqlens": [0, 34], "seq_idx": [[0] * 34]}, "cu_seqlens and seq_idx exclude each other"),
     "starts late": ({"cu_seqlens": [1, 34]}, "cu_seqlens must start at 0 and end at L=34, got 1 and 34"),
     "ends early": ({"cu_seqlens": [0, 33]}, "cu_seqlens must start at 0 and end at L=34, got 0 and 33"),
     "ends late": ({"cu_seqlens": [0, 35]}, "cu_seqlens must start at 0 and end at L=34, got 0 and 35"),
@@ -100,6 +99,9 @@ PACKINGS = {
     "negative": ({"cu_seqlens": [0, -1, 34]}, "cu_seqlens must not decrease, got 0 then -1 at 1"),
     "empty": ({"cu_seqlens": []}, r"cu_seqlens must be \(N \+ 1,\) with at least one element, got \(0,\)"),
     "two dimensions": ({"cu_seqlens": [[0, 34]]}, r"cu_seqlens must be \(N \+ 1,\), got \(1, 2\)"),
+}
+SEQ_IDS = {
+    "both": ({"cu_seqlens": [0, 34], "seq_idx": [[0] * 34]}, "cu_seqlens and seq_idx exclude each other"),
     "ids short": ({"seq_idx": [[0] * 33]}, r"seq_idx must be \(B=1, L=34\), got \(1, 33\)"),
     "ids flat": ({"seq_idx": [0] * 34}, r"seq_idx must be \(B=1, L=34\), got \(34,\)"),
 }
@@ -108,7 +110,16 @@ PACKINGS = {
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_packings_that_do_not_fit(operator, device, packing, monkeypatch):
     monkeypatch.setenv("SEQKERN_CHECK", "1")  # CUDA kernels check values only on request
-    options, message = PACKINGS[packing]
+    refuses_packing(operator, device, *PACKINGS[packing])
+
+
+@pytest.mark.seq_idx
+@pytest.mark.parametrize("packing", SEQ_IDS)
+def test_ids_that_do_not_fit(operator, device, packing):
+    refuses_packing(operator, device, *SEQ_IDS[packing])
+
+
+def refuses_packing(operator, device, options, message):
     inputs = operator.case(packing="cu_seqlens", return_final_state=True).inputs(device)
     assert inputs.sizes["L"] == 34
     given = {name: torch.tensor(value, dtype=torch.int32, device=device) for name, value in options.items()}
@@ -119,11 +130,17 @@ def test_packings_that_do_not_fit(operator, device, packing, monkeypatch):
 def test_packings_of_other_dtypes_and_batches(operator, device):
     inputs = operator.case().inputs(device)
     B, L = inputs.sizes["B"], inputs.sizes["L"]
-    bounds, ids = torch.tensor([0, L], device=device), torch.zeros(B, L, dtype=torch.int64, device=device)
+    bounds = torch.tensor([0, L], device=device)
     with pytest.raises(RuntimeError, match=f"^{operator}: cu_seqlens needs a batch of B=1, got B={B}; concatenate"):
         inputs.but(cu_seqlens=bounds).outputs()
     with pytest.raises(RuntimeError, match=f"^{operator}: cu_seqlens must be int32 or int64, got float32"):
         inputs.rows("B", slice(0, 1)).but(cu_seqlens=bounds.float()).outputs()
+
+
+@pytest.mark.seq_idx
+def test_ids_of_other_dtypes_and_devices(operator, device):
+    inputs = operator.case().inputs(device)
+    ids = torch.zeros(inputs.sizes["B"], inputs.sizes["L"], dtype=torch.int64, device=device)
     with pytest.raises(RuntimeError, match=f"^{operator}: seq_idx must be int32, got int64; convert it with .int()"):
         inputs.but(seq_idx=ids).outputs()
     with pytest.raises(RuntimeError, match=f"^{operator}: seq_idx must be on the device of"):
@@ -146,6 +163,10 @@ def test_a_gradient_that_does_not_fit(operator, device, record):
 A_DECAY = r"must be \(B=2 or 1, L=17 or 1, D=3 or 1\)"
 META_RESET = torch.zeros(2, 17, dtype=torch.bool, device="meta")
 A_TRIPLE = r"must be the three tensors \(m, n, w\)"
+A_PAIR, A_CELL = r"must be the two tensors \(S, z\)", r"must be the three tensors \(C, n, m\)"
+BAD_READ = 'read must be "current" or "previous", got \'next\''
+BAD_LIMIT = r"dt_limit must be two numbers \(low, high\) with low <= high, got"
+HEADS = "must have a number of heads that is a multiple of the heads of"
 BAD_TRANSITION = 'transition must be "exp" or "two_exp_minus_one", got \'tanh\''
 
 # What is particular to an operator: (options, tensors by a function of the inputs, error, message).
@@ -175,6 +196,56 @@ PARTICULAR = {
         ({}, lambda i: {"B": torch.ones(3, 15)}, RuntimeError, r"B must be \(D=3, N=16\), got \(3, 15\)"),
         ({}, lambda i: {"C": torch.ones(2, 16, 18)}, RuntimeError, r"C must be \(B=2, N=16, L=17\), got \(2, 16, 18\)"),
         ({}, lambda i: {"B": torch.ones(16)}, RuntimeError, r"B must be \(B=2, G, N=16, L=17\), got \(16,\)"),
+    ],
+    "linear_attention": [
+        ({"read": "next"}, None, ValueError, BAD_READ),
+        ({"bonus": torch.ones(2, 5)}, None, ValueError, 'bonus needs read="previous", got read="current"'),
+        ({"initial_state": torch.zeros(2, 4, 5, 3)}, None, RuntimeError, f"initial_state {A_PAIR}, got a Tensor"),
+        ({"initial_state": (torch.zeros(2, 4, 5, 3),)}, None, RuntimeError, f"initial_state {A_PAIR}, got 1 of them"),
+        (
+            {"initial_state": (torch.zeros(2, 4, 5, 3),), "normalize": False},
+            None,
+            RuntimeError,
+            "initial_state must be a tensor, got 1 of them",
+        ),
+        (
+            {},
+            lambda i: {"k": torch.ones(2, 17, 2, 5).half()},
+            RuntimeError,
+            r"k must have the dtype of v \(float32\), got",
+        ),
+        ({}, lambda i: {"q": torch.ones(2, 17, 3, 5)}, RuntimeError, f"v {HEADS} q, H=3, got HV=4"),
+        ({}, lambda i: {"log_decay": torch.ones(17, 4)}, RuntimeError, r"log_decay must be \(.*\), got \(17, 4\)"),
+        ({}, lambda i: {"log_decay": torch.ones(5)}, RuntimeError, r"log_decay must be \(HV=4,\), got \(5,\)"),
+    ],
+    "mlstm": [
+        ({"initial_state": torch.zeros(2, 4, 5, 3)}, None, RuntimeError, f"initial_state {A_CELL}, got a Tensor"),
+        (
+            {},
+            lambda i: {"k": torch.ones(2, 17, 2, 5).half()},
+            RuntimeError,
+            r"k must have the dtype of v \(float32\), got",
+        ),
+        ({}, lambda i: {"q": torch.ones(2, 17, 3, 5)}, RuntimeError, f"v {HEADS} q, H=3, got HV=4"),
+        ({}, lambda i: {"i": torch.ones(2, 17, 4, 5)}, RuntimeError, r"i must be \(B=2, L=17, HV=4\), got"),
+    ],
+    "ssd": [
+        ({"dt_limit": (1.0, 0.0)}, None, ValueError, BAD_LIMIT),
+        ({"dt_limit": 0.1}, None, ValueError, BAD_LIMIT),
+        (
+            {"initial_state": (torch.zeros(2, 4, 3, 5),)},
+            None,
+            RuntimeError,
+            "initial_state must be a tensor, got 1 of them",
+        ),
+        (
+            {},
+            lambda i: {"B": torch.ones(2, 17, 2, 5).half()},
+            RuntimeError,
+            r"B must have the dtype of x \(float32\), got",
+        ),
+        ({}, lambda i: {"C": torch.ones(2, 17, 3, 5)}, RuntimeError, f"x {HEADS} C, G=3, got H=4"),
+        ({}, lambda i: {"D": torch.ones(4, 2)}, RuntimeError, r"D must be \(H=4, P=3\), got \(4, 2\)"),
     ],
     "linear_scan": [
         ({"reset": torch.zeros(2, 17)}, None, RuntimeError, "reset must be bool, got float32; convert it with .bool()"),
@@ -209,6 +280,33 @@ PARTICULAR_STEP = {
             "B must have a number of groups G that divides D=3, got G=2",
         ),
         ({}, {"C": torch.ones(2, 1, 15, 17)}, RuntimeError, r"C must be \(B=2, G, N=16\), got \(2, 1, 15\)"),
+    ],
+    "linear_attention": [
+        ({"read": "next"}, {}, ValueError, BAD_READ),
+        ({"bonus": torch.ones(2, 5)}, {}, ValueError, 'bonus needs read="previous", got read="current"'),
+        ({"normalize": False}, {}, RuntimeError, "state must be a tensor, got 2 of them"),
+        (
+            {},
+            {"q": torch.ones(2, 17, 2, 5).half()},
+            RuntimeError,
+            r"q must have the dtype of v \(float32\), got float16",
+        ),
+        ({}, {"k": torch.ones(2, 17, 2, 4)}, RuntimeError, r"k must be \(B=2, H=2, K=5\), got \(2, 2, 4\)"),
+        ({}, {"log_decay": torch.ones(2, 17, 3)}, RuntimeError, r"log_decay must be \(B=2, HV=4\), got \(2, 3\)"),
+    ],
+    "mlstm": [
+        ({}, {"i": torch.ones(2, 17, 3)}, RuntimeError, r"i must be \(B=2, HV=4\), got \(2, 3\)"),
+        (
+            {},
+            {"v": torch.ones(2, 17, 4, 2)},
+            RuntimeError,
+            r"state's C must be \(R, HV=4, K=5, V=2\), got \(2, 4, 5, 3\)",
+        ),
+    ],
+    "ssd": [
+        ({"dt_limit": (1.0, 0.0)}, {}, ValueError, BAD_LIMIT),
+        ({}, {"dt": torch.ones(2, 17, 3)}, RuntimeError, r"dt must be \(B=2, H=4\), got \(2, 3\)"),
+        ({}, {"B": torch.ones(2, 17, 2, 4)}, RuntimeError, r"B must be \(B=2, G=2, N=5\), got \(2, 2, 4\)"),
     ],
     "linear_scan": [
         ({}, {"a": torch.ones(2, 17, 4)}, RuntimeError, r"a must be \(B=2 or 1, D=3 or 1\), got \(2, 4\)"),

@@ -74,6 +74,20 @@ class Check(NamedTuple):
         return [*outputs, *gradients, self.step(ops, tensors, *state), *state]
 
 
+def _negative(x: Tensor) -> Tensor:
+    return -x.abs()
+
+
+def _attention(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    log_decay = _negative(tensors["log_decay"])
+    return ops.linear_attention(**tensors | {"log_decay": log_decay}, return_final_state=True)
+
+
+def _attention_step(ops: ModuleType, tensors: dict[str, Tensor], state: Tensor) -> Tensor:
+    q, k, v, log_decay = (tensors[name][:, 0] for name in ("q", "k", "v", "log_decay"))
+    return ops.linear_attention_step(state, q, k, v, _negative(log_decay))
+
+
 def _decaying(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"A": -tensors["A"].exp()}
 
@@ -95,16 +109,46 @@ def _softmax_step(ops: ModuleType, tensors: dict[str, Tensor], m: Tensor, n: Ten
     return ops.softmax_scan_step((m, n.exp_(), w), tensors["s"][:, 0], tensors["v"][:, 0])
 
 
+def _ssd_step(ops: ModuleType, tensors: dict[str, Tensor], state: Tensor) -> Tensor:
+    tensors = _decaying(tensors)
+    token = {name: tensors[name][:, 0] for name in ("x", "dt", "B", "C", "z")}
+    return ops.ssd_step(state, **token, A=tensors["A"], D=tensors["D"], dt_softplus=True)
+
+
+def _mlstm(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    inputs = [tensors[name] for name in "qkvif"]
+    state = (tensors["C"], tensors["n"], tensors["m"])
+    o, final_state = ops.mlstm(*inputs, initial_state=state, return_final_state=True)
+    return o, *final_state
+
+
+def _mlstm_step(ops: ModuleType, tensors: dict[str, Tensor], C: Tensor, n: Tensor, m: Tensor) -> Tensor:
+    return ops.mlstm_step((C, n, m), *(tensors[name][:, 0] for name in "qkvif"))
+
+
 SELF_CHECKS = {
     "causal_conv1d": Check(
         {"x": (2, 40, 129), "weight": (40, 4), "bias": (40,), "initial_state": (2, 40, 3)},
         lambda ops, t: ops.causal_conv1d(**t, activation="silu", return_final_state=True),
         lambda ops, t, state: ops.causal_conv1d_step(t["x"][..., 0], state, t["weight"], t["bias"], "silu"),
     ),
+    "linear_attention": Check(
+        {"q": (2, 129, 2, 20), "k": (2, 129, 2, 20), "v": (2, 129, 4, 12), "log_decay": (2, 129, 4, 20)}
+        | {"initial_state": (2, 4, 20, 12)},
+        _attention,
+        _attention_step,
+    ),
     "linear_scan": Check(
         {"a": (2, 129, 40), "b": (2, 129, 40), "initial_state": (2, 40)},
         lambda ops, t: ops.linear_scan(**t | {"a": t["a"].sigmoid()}, return_final_state=True),
         lambda ops, t, state: ops.linear_scan_step(state, t["a"][:, 0], t["b"][:, 0]),
+    ),
+    "mlstm": Check(
+        {"q": (2, 129, 2, 20), "k": (2, 129, 2, 20), "v": (2, 129, 2, 12), "i": (2, 129, 2), "f": (2, 129, 2)}
+        | {"C": (2, 2, 20, 12), "n": (2, 2, 20), "m": (2, 2)},
+        _mlstm,
+        _mlstm_step,
+        ("C", "n", "m"),
     ),
     "selective_scan": Check(
         {"u": (2, 40, 129), "delta": (2, 40, 129), "A": (40, 16), "B": (2, 2, 16, 129), "C": (2, 2, 16, 129)}
@@ -117,6 +161,12 @@ SELF_CHECKS = {
         _softmax,
         _softmax_step,
         ("m", "n", "w"),
+    ),
+    "ssd": Check(
+        {"x": (2, 129, 4, 12), "dt": (2, 129, 4), "A": (4,), "B": (2, 129, 2, 20), "C": (2, 129, 2, 20), "D": (4,)}
+        | {"z": (2, 129, 4, 12), "initial_state": (2, 4, 12, 20)},
+        lambda ops, t: ops.ssd(**_decaying(t), dt_softplus=True, return_final_state=True),
+        _ssd_step,
     ),
 }
 TOLERANCE = 1e-5  # float32 sums of a few hundred terms

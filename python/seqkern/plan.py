@@ -4,6 +4,9 @@ python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --w
 python -m seqkern.plan selective_scan --batch 1 --channels 1536 --length 2048 --states 16 --dtype bf16
 python -m seqkern.plan linear_scan --batch 4 --length 4096 --channels 1024 --dtype bf16
 python -m seqkern.plan softmax_scan --batch 1 --length 2048 --heads 16 --size 64 --dtype bf16
+python -m seqkern.plan linear_attention --batch 1 --length 2048 --heads 8 --keys 128 --size 128 --decay key --dtype bf16
+python -m seqkern.plan ssd --batch 1 --length 2048 --heads 24 --size 64 --states 128 --dtype bf16
+python -m seqkern.plan mlstm --batch 8 --length 8192 --heads 16 --keys 128 --size 256 --dtype bf16
 """
 
 import argparse
@@ -13,6 +16,16 @@ try:
     from . import _C
 except ImportError:
     _C = None
+
+
+def _plan_ssd(heads, groups, states, **options):
+    return _C.plan_linear_attention(
+        heads=groups, value_heads=heads, keys=states, decay="delta", value_major=True, **options
+    )
+
+
+def _plan_mlstm(**options):
+    return _C.plan_linear_attention(decay="exp", **options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +70,23 @@ def _parser() -> argparse.ArgumentParser:
     softmax.add_argument("--states", action="store_true", help="with initial and final state")
     softmax.add_argument("--no-normalizers", dest="normalizers", action="store_false", help="no backward follows")
     softmax.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
+
+    attention = operator("linear_attention", _C.plan_linear_attention, "heads", "keys", "size")
+    attention.add_argument("--value-heads", type=int, default=0, help="a multiple of heads; 0: as many")
+    attention.add_argument("--decay", default="none", choices=["none", "head", "token", "key"], help="one for each")
+    attention.add_argument("--normalize", action="store_true")
+    attention.add_argument("--read-previous", action="store_true", help='read="previous"')
+    attention.add_argument("--bonus", action="store_true")
+    ssd = operator("ssd", _plan_ssd, "heads", "size", "states")
+    ssd.add_argument("--groups", type=int, default=1, help="of B and C")
+    ssd.add_argument("--no-skip", dest="skip", action="store_false", help="without D")
+    ssd.add_argument("--gate", action="store_true", help="with z")
+    mlstm = operator("mlstm", _plan_mlstm, "heads", "keys", "size")
+    for parsed in (attention, mlstm):
+        parsed.add_argument("--states", action="store_true", help="with initial and final state")
+    for parsed in (attention, ssd, mlstm):
+        parsed.add_argument("--no-backward", dest="backward", action="store_false", help="no backward follows")
+        parsed.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
     return parser
 
 

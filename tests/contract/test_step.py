@@ -89,8 +89,8 @@ def test_state_is_updated_in_place_wherever_it_lies(operator, device, order):
 
 
 def surrounded(part, order):
-    """(room full of NaN, a copy of `part` inside with gaps), the dimensions in that order of memory."""
-    order = [i for i in order if i < part.dim()]
+    """(room full of NaN, a copy of `part` inside with gaps), the first dimensions in that order of memory."""
+    order = [*(i for i in order if i < part.dim()), *range(len(order), part.dim())]
     room = part.new_full([2 * part.shape[i] + 1 for i in order], float("nan"))
     view = room[(slice(1, None, 2),) * part.dim()].permute([order.index(i) for i in range(part.dim())])
     return room, view.copy_(part)

@@ -2,7 +2,7 @@
 
 from .cases import Case, Inputs, Operator
 from .compare import assert_close, compare
-from .operators import OPERATORS
+from .operators import OPERATORS, SERVED
 from .timing import Timing, interleaved
 
-__all__ = ["OPERATORS", "Case", "Inputs", "Operator", "Timing", "assert_close", "compare", "interleaved"]
+__all__ = ["OPERATORS", "SERVED", "Case", "Inputs", "Operator", "Timing", "assert_close", "compare", "interleaved"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,16 +57,22 @@ class Operator:
     state_sizes: Callable[[dict[str, Any]], dict[str, int]]  # letters that follow from the others
     workspace_bytes: Callable[[Inputs], int]  # of the backward, on the CPU
     kept_bytes: Callable[[Inputs], int] = lambda inputs: 0  # between forward and backward, besides the inputs
-    variants: Callable[[dict[str, Any]], dict[str, str]] = lambda values: {}  # shapes that are others in some cases
+    # Shapes that are others in some cases, "absent" those of arguments and outputs that there are not.
+    variants: Callable[[dict[str, Any]], dict[str, str]] = lambda values: {}
     # The arguments that make up the initial state, and what is in an empty one. Several are passed as a tuple.
     state: dict[str, float] = field(default_factory=lambda: {"initial_state": 0.0})
     broadcast: tuple[str, ...] = ()  # arguments whose dimensions may be 1 or missing; their dtype is a parameter's
     native_layouts: tuple[str, ...] = ("contiguous",)  # in which data is not copied
     from_outputs: tuple[str, ...] = ()  # gradients computed from outputs as they were returned, after rounding
+    # Gradients that are differences of sums over these letters, whose terms are as large as the largest among them.
+    cancelling: dict[str, str] = field(default_factory=dict)
+    rounds_operands: bool = False  # of matrix products, to 16 bits, where the data have no more
+    chunk: int = 1  # tokens of a sequence, from its start in time, that a NaN in one of them may spoil
     harmless: dict[str, tuple[float, ...]] = field(default_factory=dict)  # infinities that are numbers like any other
     # Normal variates to an argument's range, by the case's values.
     draw: dict[str, Callable[[Tensor, dict[str, Any]], Tensor]] = field(default_factory=dict)
     lean: dict[str, Any] = field(default_factory=dict)  # factors and letters of the shape for very many elements
+    kernels: str = ""  # the operator of torch.ops.seqkern that it calls, where that is not its namesake
 
     def case(self, **values: Any) -> Case:
         """A case by hand: the first value of every factor, but for those given."""
@@ -84,10 +91,11 @@ class Operator:
         """The same with the shapes that arguments and outputs have in one case."""
         shapes = self.variants(values)
         arguments, outputs = (
-            {name: shapes.get(name, letters) for name, letters in names.items()}
+            {name: shapes.get(name, letters) for name, letters in names.items() if shapes.get(name) != "absent"}
             for names in (self.arguments, self.outputs)
         )
-        return replace(self, arguments=arguments, outputs=outputs)
+        state = {name: value for name, value in self.state.items() if name in arguments}
+        return replace(self, arguments=arguments, outputs=outputs, state=state)
 
     @functools.cached_property
     def cases(self) -> list[Case]:
@@ -115,6 +123,11 @@ class Operator:
     def data(self) -> list[str]:
         """Arguments with one value for every token."""
         return [name for name in self.arguments if self.axis(name, "L") is not None]
+
+    @property
+    def raw(self) -> str:
+        """What its operators of torch.ops.seqkern are called, before _fwd, _bwd and _step."""
+        return self.kernels or self.name
 
     @property
     def final_state(self) -> list[str]:
@@ -218,10 +231,27 @@ class Inputs:
         return [name for name in self.operator.data if name in self.tensors]
 
     @property
-    def coarse(self) -> set[str]:
-        """The gradients that `seqkern.testing.compare` allows a rounding of the data."""
-        names = [name for name in self.operator.from_outputs if name in self.tensors]
-        return {f"d{name}" for name in names} if self.dtype != self.accumulator else set()
+    def coarse(self) -> dict[str, float]:
+        """The outputs and gradients that `seqkern.testing.compare` allows more roundings of the data, and how many."""
+        operator, gradients = self.operator, [f"d{name}" for name in self.tensors]
+        if self.dtype == self.accumulator:
+            terms = {
+                f"d{name}": [self.sizes[letter] for letter in letters.split()]
+                for name, letters in operator.cancelling.items()
+            }
+            return {name: math.sqrt(math.prod(sizes)) for name, sizes in terms.items() if name in gradients}
+        if operator.rounds_operands:
+            allowed = dict.fromkeys((*operator.outputs, *gradients), 1.0)
+            return allowed | {f"d{name}": 2.0 for name in operator.cancelling}
+        return {name: 1.0 for name in gradients if name.removeprefix("d") in operator.from_outputs}
+
+    @property
+    def num_runs(self) -> int:
+        """Sequences and stretches of padding."""
+        if self.options.get("seq_idx") is None:
+            return self.sizes["N"]
+        ids = self.options["seq_idx"].clamp(min=-1)
+        return len(ids) + int((ids[:, 1:] != ids[:, :-1]).sum()) + int((ids < 0).all(1).sum())
 
     @property
     def state(self) -> tuple[Tensor, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 # Parameter gradients reach 5 times: kernels add thousands of tokens one after another, PyTorch pairwise. A formula that
 # loses digits is off by far more.
 MULTIPLE = 6
+
+NOTHING: Mapping[str, float] = MappingProxyType({})
 
 Outputs = Tensor | tuple[Tensor, ...] | list[Tensor] | dict[str, Tensor]
 
@@ -37,7 +40,7 @@ class Row(NamedTuple):
         )
 
 
-def compare(actual: Outputs, reference64: Outputs, plain: Outputs, coarse: Collection[str] = ()) -> list[Row]:
+def compare(actual: Outputs, reference64: Outputs, plain: Outputs, coarse: Mapping[str, float] = NOTHING) -> list[Row]:
     """The error of each output against a reference in float64, beside the error that plain PyTorch makes.
 
     An element may be off by one rounding to its dtype, plus MULTIPLE times the largest error that plain PyTorch makes
@@ -49,8 +52,8 @@ def compare(actual: Outputs, reference64: Outputs, plain: Outputs, coarse: Colle
         reference64: the same from the reference in float64.
         plain: the same from plain PyTorch. For float64 data that would be the reference itself; pass what it gives in
             float32, and its error is scaled to float64.
-        coarse: names of outputs that are computed from others after these were rounded to the dtype of the data: they
-            may be off by one such rounding of the largest element among them.
+        coarse: names of outputs that are computed from numbers as large as the largest element among them, rounded to
+            the dtype of the data, and by how many such roundings each may be off.
 
     Returns:
         A Row for each output. `all(row.ok for row in rows)` is the verdict.
@@ -68,14 +71,15 @@ def compare(actual: Outputs, reference64: Outputs, plain: Outputs, coarse: Colle
     is_double = next(iter(actual.values())).dtype == torch.float64
     accumulator = torch.float64 if is_double else torch.float32
     eps = torch.finfo(next(iter(actual.values())).dtype).eps
-    largest = max((float(reference64[name].abs().max()) for name in coarse if reference64[name].numel()), default=0)
+    rounded = [reference64[name] for name in coarse if name in reference64 and reference64[name].numel()]
+    largest = max((float(tensor.abs().max()) for tensor in rounded), default=0)
     return [
-        _row(name, actual[name], reference64[name], plain[name], accumulator, eps * largest if name in coarse else 0)
+        _row(name, actual[name], reference64[name], plain[name], accumulator, eps * largest * coarse.get(name, 0))
         for name in actual
     ]
 
 
-def assert_close(actual: Outputs, reference64: Outputs, plain: Outputs, coarse: Collection[str] = ()) -> None:
+def assert_close(actual: Outputs, reference64: Outputs, plain: Outputs, coarse: Mapping[str, float] = NOTHING) -> None:
     """Raises an AssertionError that lists every output, if one is too far off."""
     rows = compare(actual, reference64, plain, coarse)
     assert all(row.ok for row in rows), "\n" + "\n".join(map(str, rows))

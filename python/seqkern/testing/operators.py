@@ -4,6 +4,7 @@ share needs no new test."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from .cases import COMMON, Inputs, Operator
+from .chunked import LINEAR_ATTENTION, MLSTM, SSD
 
 
 def _conv_workspace_bytes(inputs: Inputs) -> int:
@@ -134,12 +136,8 @@ def _scan_kept_bytes(inputs: Inputs) -> int:
 
 def _scan_workspace_bytes(inputs: Inputs) -> int:
     """Gradients of variable B and C by blocks of 64 channels, of parameters by sequences (csrc/.../cpu_plan.h)."""
-    B, D, L, S, G, N = (inputs.sizes[letter] for letter in "BDLSGN")
-    runs = N
-    if inputs.options.get("seq_idx") is not None:  # runs of padding count
-        ids = inputs.options["seq_idx"].clamp(min=-1)
-        runs = B + int((ids[:, 1:] != ids[:, :-1]).sum()) + int((ids < 0).all(1).sum())
-    blocks, slabs = G * -(-D // G // 64), min(32, runs)
+    B, D, L, S, G = (inputs.sizes[letter] for letter in "BDLSG")
+    blocks, slabs = G * -(-D // G // 64), min(32, inputs.num_runs)
     return (2 * blocks * B * L * S + slabs * (S + 2) * D) * inputs.accumulator.itemsize + 8
 
 
@@ -368,4 +366,6 @@ SOFTMAX_SCAN = Operator(
     lean={"V": 64},
 )
 
-OPERATORS = (CAUSAL_CONV1D, LINEAR_SCAN, SELECTIVE_SCAN, SOFTMAX_SCAN)
+OPERATORS = (CAUSAL_CONV1D, LINEAR_ATTENTION, LINEAR_SCAN, MLSTM, SELECTIVE_SCAN, SOFTMAX_SCAN, SSD)
+
+SERVED = Counter(operator.raw for operator in OPERATORS)  # how many operators each folder of csrc serves
