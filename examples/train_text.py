@@ -35,6 +35,7 @@ State = Tensor | tuple[Tensor, ...]  # of one layer
 # forward(x), step(x, state) and zero_state(batch_size), such as seqkern.nn's.
 MIXERS = {
     "mamba": lambda dim, layer: seqkern.nn.Mamba(dim),
+    "mamba2": lambda dim, layer: seqkern.nn.Mamba2(dim, d_state=64, headdim=32),
     "conv": lambda dim, layer: seqkern.nn.GatedConv(dim, 2 * dim, width=4, dilation=2**layer),
     "mingru": lambda dim, layer: seqkern.nn.MinGRU(dim),
     "minlstm": lambda dim, layer: seqkern.nn.MinLSTM(dim),
@@ -43,6 +44,9 @@ MIXERS = {
     "s5": lambda dim, layer: seqkern.nn.S5(dim, 2 * dim),
     "hgrn": lambda dim, layer: seqkern.nn.HGRN(dim, lower_bound=layer / 5),
     "aaren": lambda dim, layer: seqkern.nn.Aaren(dim, num_heads=dim // 16),
+    "gla": lambda dim, layer: seqkern.nn.GLA(dim, num_heads=dim // 40),
+    "retnet": lambda dim, layer: seqkern.nn.RetNet(dim, num_heads=dim // 40),
+    "mlstm": lambda dim, layer: seqkern.nn.MLSTM(dim, num_heads=dim // 40),
 }
 
 # ---- the text

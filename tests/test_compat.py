@@ -206,7 +206,7 @@ seqkern.compat.uninstall()
 import sys
 print(any("causal_conv1d" == name.partition(".")[0] for name in sys.modules))
 """
-    placed = ["accelerated_scan", "causal_conv1d", "mamba_ssm", "selective_scan_cuda"]
+    placed = ["accelerated_scan", "causal_conv1d", "fla", "mamba_ssm", "selective_scan_cuda"]
     assert python(code) == [*placed, "0", "True", "causal_conv1d", "1.7.0", "False"]
 
 

@@ -265,7 +265,7 @@ def test_selective_state_update(dtype, H, G, optional, rows):
     state = torch.randn(5 if rows else batch, heads, P, N).to(dtype)
     x, z = (torch.randn(batch, heads, P).to(dtype) for _ in "xz")
     dt = torch.rand(batch, heads, 1 if H else P).to(dtype).expand(batch, heads, P)
-    A = -torch.rand(heads, 1, 1).expand(heads, P, N) if H else -torch.rand(heads, P, N)
+    A = (-torch.rand(heads, 1, 1)).expand(heads, P, N) if H else -torch.rand(heads, P, N)
     B_, C = (torch.randn(batch, groups, N).to(dtype) for _ in "BC")
     per_channel = [torch.rand(heads, 1 if H else P).expand(heads, P) for _ in ("D", "dt_bias")]
     skip, bias = per_channel if optional else (None, None)
@@ -437,13 +437,8 @@ import mamba_ssm.ops.triton.selective_state_update as module
 from selective_scan_cuda import fwd, bwd
 import mamba_ssm
 print(Mamba is same is mamba_ssm.modules.mamba_simple.Mamba, module.selective_state_update is selective_state_update)
-for missing in ("from mamba_ssm import Mamba2", "import mamba_ssm.ops.triton.ssd_combined"):
-    try:
-        exec(missing)
-    except ImportError as error:
-        print("ImportError")
 seqkern.compat.uninstall()
 import sys
 print(any(name.partition(".")[0] in ("mamba_ssm", "selective_scan_cuda") for name in sys.modules))
 """
-    assert python(code) == ["True", "True", "ImportError", "ImportError", "False"]
+    assert python(code) == ["True", "True", "False"]

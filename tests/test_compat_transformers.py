@@ -15,7 +15,10 @@ from seqkern import compat
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="transformers 5 needs Python 3.11")
 
 LAYERS, B, L, VOCABULARY = 2, 2, 17, 40
-FAMILIES = {"mamba": "Mamba", "falcon_mamba": "FalconMamba"}
+MAMBA = {"state_size": 5, "use_bias": True}
+MAMBA2 = MAMBA | {"num_heads": 6, "head_dim": 8, "n_groups": 2, "chunk_size": 8}
+FAMILIES = {"mamba": ("Mamba", MAMBA), "falcon_mamba": ("FalconMamba", MAMBA), "mamba2": ("Mamba2", MAMBA2)}
+SCANS = {"mamba": "selective_scan", "falcon_mamba": "selective_scan", "mamba2": "linear_attention"}
 
 
 def test_version_is_the_one_that_the_project_names():
@@ -59,11 +62,18 @@ def models(family):
     """The family's module as it is, and the same model in both, in evaluation mode."""
     import transformers
 
-    name, own, on_seqkern = family
-    config = getattr(transformers, f"{FAMILIES[name]}Config")(
-        vocab_size=VOCABULARY, hidden_size=24, state_size=5, num_hidden_layers=LAYERS, use_bias=True, pad_token_id=0
+    family, own, on_seqkern = family
+    name, sizes = FAMILIES[family]
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=LAYERS, pad_token_id=0, **sizes
     )
-    return own, *same_models(own, on_seqkern, f"{FAMILIES[name]}ForCausalLM", config)
+    return own, *same_models(own, on_seqkern, f"{name}ForCausalLM", config)
+
+
+@pytest.fixture
+def scan(family):
+    """The operator that its layers run on, without fwd, bwd or step."""
+    return SCANS[family[0]]
 
 
 @pytest.fixture
@@ -102,7 +112,7 @@ def gradients(model, ids, mask):
     return logits, {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def compare_gradients(model, ours, ids, mask):
+def compare_gradients(model, ours, scan, ids, mask):
     logits, expected = gradients(model, ids, mask)
     with Calls() as calls:
         our_logits, actual = gradients(ours, ids, mask)
@@ -111,39 +121,40 @@ def compare_gradients(model, ours, ids, mask):
     for name, grad in actual.items():
         close(grad, expected[name])
         assert expected[name].any()
-    kernels = ("causal_conv1d_fwd", "causal_conv1d_bwd", "selective_scan_fwd", "selective_scan_bwd")
+    kernels = [f"{operator}_{kind}" for operator in ("causal_conv1d", scan) for kind in ("fwd", "bwd")]
     assert calls.per_layer() == dict.fromkeys(kernels, 1)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_logits_and_gradients(models, tokens, masked):
+def test_logits_and_gradients(models, scan, tokens, masked):
     _, model, ours = models
     ids, mask = tokens
-    compare_gradients(model, ours, ids, mask if masked else None)
+    compare_gradients(model, ours, scan, ids, mask if masked else None)
 
 
-def test_training_mode(models, tokens, monkeypatch):
-    """A model in training mode calls mamba_inner_fn, for which transformers has no plain torch of its own.
+def test_training_mode(models, scan, tokens, monkeypatch):
+    """A model in training mode calls mamba_inner_fn or mamba_split_conv1d_scan_combined, for which transformers has no
+    plain torch of its own.
 
     With FalconMamba's norms the two differ by design: mamba_inner_fn norms delta after its projection, transformers'
     own path before it. So its own path is given the norm at that place here.
     """
     own, model, ours = models
     if hasattr(model.backbone.layers[0].mixer, "dt_layernorm"):
-        scan, eps = own.mamba_selective_scan, model.config.mixer_rms_eps
+        own_scan, eps = own.mamba_selective_scan, model.config.mixer_rms_eps
 
         def scan_of_normed(u, delta, *args, **kwargs):
-            return scan(u, delta * (delta.square().mean(1, keepdim=True) + eps).rsqrt(), *args, **kwargs)
+            return own_scan(u, delta * (delta.square().mean(1, keepdim=True) + eps).rsqrt(), *args, **kwargs)
 
         monkeypatch.setattr(own, "mamba_selective_scan", scan_of_normed)
         for layer in model.backbone.layers:
             layer.mixer.dt_layernorm.forward = lambda x: x
-    compare_gradients(model.train(), ours.train(), tokens[0], None)
+    compare_gradients(model.train(), ours.train(), scan, tokens[0], None)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
-def test_cached_generation_token_by_token(models, tokens, masked):
+def test_cached_generation_token_by_token(models, scan, tokens, masked):
     """A prompt, then one token at a time: the same logits at every step from both, and from a pass over everything."""
     _, model, ours = models
     (ids, mask), prompt = tokens, 9
@@ -160,17 +171,17 @@ def test_cached_generation_token_by_token(models, tokens, masked):
         close(out.logits, own.logits)
         close(out.logits[:, -1], whole[:, t])
         kind = "step" if t >= prompt else "fwd"
-        assert calls.per_layer() == {f"causal_conv1d_{kind}": 1, f"selective_scan_{kind}": 1}
+        assert calls.per_layer() == {f"causal_conv1d_{kind}": 1, f"{scan}_{kind}": 1}
 
 
-def test_generate(models, tokens):
+def test_generate(models, scan, tokens):
     _, model, ours = models
     ids, mask = tokens
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     with Calls() as calls:
         generated = ours.generate(ids, **options)
     assert torch.equal(generated, model.generate(ids, **options))
-    assert calls.per_layer()["selective_scan_step"] == 11
+    assert calls.per_layer()[f"{scan}_step"] == 11
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -185,11 +196,32 @@ def test_bfloat16(models, tokens, training):
 
 
 ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 32}
-HYBRIDS = {
-    "Jamba": ATTENTION | {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2},
-    "Zamba": ATTENTION
-    | {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2}
-    | {"attention_hidden_size": 48, "attention_head_dim": 12, "n_mamba_heads": 2},
+HYBRIDS = {  # the operator of their other layers, and their sizes
+    "Jamba": (
+        "selective_scan",
+        {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 3},
+    ),
+    "Zamba": (
+        "selective_scan",
+        {"num_hidden_layers": 6, "attn_layer_period": 3, "attn_layer_offset": 2, "mamba_dt_rank": 3}
+        | {"attention_hidden_size": 48, "attention_head_dim": 12, "n_mamba_heads": 2},
+    ),
+    "Bamba": (
+        "linear_attention",
+        {"num_hidden_layers": 3, "attn_layer_indices": [1], "mamba_chunk_size": 8}
+        | {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_n_groups": 2},
+    ),
+    "Zamba2": (
+        "linear_attention",
+        {"num_hidden_layers": 4, "layers_block_type": 2 * ["linear_attention", "hybrid"], "mamba_headdim": 8}
+        | {
+            "attention_hidden_size": 48,
+            "attention_head_dim": 12,
+            "n_mamba_heads": 6,
+            "mamba_ngroups": 2,
+            "chunk_size": 8,
+        },
+    ),
 }
 
 
@@ -200,8 +232,9 @@ def test_layers_beside_attention(name, tokens):
     own = modeling(name.lower(), "own")
     with compat.installed(force=True):
         on_seqkern = modeling(name.lower(), "on_seqkern")
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 24, "mamba_d_state": 5, "mamba_dt_rank": 3}
-    config = getattr(transformers, f"{name}Config")(**sizes, **HYBRIDS[name])
+    scan, sizes = HYBRIDS[name]
+    sizes = ATTENTION | sizes | {"vocab_size": VOCABULARY, "hidden_size": 24, "mamba_d_state": 5}
+    config = getattr(transformers, f"{name}Config")(**sizes)
     model, ours = same_models(own, on_seqkern, f"{name}ForCausalLM", config)
     ids, mask = tokens
     logits, expected = gradients(model, ids, mask)
@@ -212,24 +245,4 @@ def test_layers_beside_attention(name, tokens):
             close(grad, expected[name])
         options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
         assert torch.equal(ours.generate(ids, **options), model.generate(ids, **options))
-    assert {"selective_scan_fwd", "selective_scan_bwd", "selective_scan_step"} <= calls.counts.keys()
-
-
-def test_mamba2_decodes_on_seqkern_and_trains_on_its_own_path(tokens):
-    """Its scan over whole sequences is not in compat yet; its step is."""
-    import transformers
-
-    own = modeling("mamba2", "own")
-    with compat.installed(force=True):
-        on_seqkern = modeling("mamba2", "on_seqkern")
-    config = transformers.Mamba2Config(
-        **{"vocab_size": VOCABULARY, "hidden_size": 24, "num_heads": 6, "head_dim": 8, "state_size": 5, "n_groups": 2},
-        **{"num_hidden_layers": LAYERS, "chunk_size": 8},
-    )
-    model, ours = same_models(own, on_seqkern, "Mamba2ForCausalLM", config)
-    ids, _ = tokens
-    with Calls() as calls, torch.no_grad():
-        cache = ours(ids[:, :-1], use_cache=True).cache_params
-        logits = ours(ids[:, -1:], cache_params=cache, use_cache=True).logits
-        close(logits[:, 0], model(ids).logits[:, -1])
-    assert calls.per_layer()["selective_scan_step"] == 1
+    assert {f"{scan}_{kind}" for kind in ("fwd", "bwd", "step")} <= calls.counts.keys()

@@ -123,6 +123,26 @@ def test_train_text_with_a_scan(train_text, mixer):
     assert all(float(row[-1]) < 1e-4 for row in rows)
 
 
+ATTENTION = {
+    "mamba2": ["causal_conv1d", "causal_conv1d_step", "ssd", "ssd_step"],
+    "gla": ["gla", "linear_attention_step"],
+    "retnet": ["linear_attention", "linear_attention_step"],
+    "mlstm": ["causal_conv1d", "causal_conv1d_step", "mlstm", "mlstm_step"],
+}
+
+
+@pytest.mark.parametrize("mixer", ATTENTION)
+def test_train_text_with_linear_attention(train_text, mixer):
+    output = train_text("--mixer", mixer)
+    [(first, last)] = losses_of(output)
+    assert last < first
+    assert float(re.search(r"step by step against at once: (\S+)", output)[1]) < 1e-4
+    rows = rows_of(output)
+    passes = {True: ["step"], False: ["forward", "forward + backward"]}
+    assert [row[:2] for row in rows] == [(op, p) for op in ATTENTION[mixer] for p in passes[op.endswith("_step")]]
+    assert all(float(row[-1]) < 1e-4 for row in rows)
+
+
 def test_train_text_refuses_a_text_that_is_too_short(tmp_path):
     (tmp_path / "text.txt").write_text("too short")
     with pytest.raises(AssertionError, match=r"train_text: text\.txt has 9 bytes"):

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import accelerated_scan, causal_conv1d, mamba_ssm, selective_scan_cuda
+from . import accelerated_scan, causal_conv1d, fla, mamba_ssm, selective_scan_cuda
 
 __all__ = ["install", "installed", "uninstall"]
 
-_PACKAGES = (accelerated_scan, causal_conv1d, mamba_ssm, selective_scan_cuda)
+_PACKAGES = (accelerated_scan, causal_conv1d, fla, mamba_ssm, selective_scan_cuda)
 _displaced: dict[str, ModuleType | None] = {}  # what stood in sys.modules under each name that `install` took
 
 

@@ -1,33 +1,61 @@
-"""The Mamba-1 part of the package mamba_ssm, as compositions of seqkern's operators and torch.
+"""The package mamba_ssm, Mamba-1 and Mamba-2, as compositions of seqkern's operators and torch.
 
 Names, argument orders, layouts and dtypes of results are those of mamba_ssm 2.3. Beyond it: CPU, float64, arguments of
-different dtypes, any number of channels and states, convolutions up to 64 taps, differentiable last states, second
-derivatives, `None` for every optional argument of `selective_state_update`. The differences:
+different dtypes, any number of channels and states, convolutions up to 64 taps, differentiable last states, also of
+each sequence in a pack, second derivatives, `None` for every optional argument of `selective_state_update`. The
+differences:
 
 - Gradients of `mamba_inner_fn` pass through its RMS norms, and reach their weights.
-- `mamba_inner_fn` takes `checkpoint_lvl` and `Mamba` takes `use_fast_path`, and neither changes anything: one path
-  serves, and its backward recomputes the states of the scan, not the convolution.
+- What says how to compute and not what changes nothing: `checkpoint_lvl`, `use_fast_path`, `use_mem_eff_path`,
+  `chunk_size`, `state_dtype`. One path serves, and its backward recomputes the states of the scan, not the convolution.
+- `Mamba2` keeps A_log, D and dt_bias in float32 in a layer of 16 bits. It keeps the sequences of `cu_seqlens` apart
+  whether or not `seq_idx` is given. Its `process_group` must be None.
 - Bad arguments raise seqkern's errors.
 
-Mamba-2 is not here: importing `mamba_ssm.ops.triton.ssd_combined` or `mamba_ssm.Mamba2` raises an ImportError.
+Mamba-3 and language models are not here: importing them raises an ImportError.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import reference
 from .._torch import accumulator
-from ..nn.mamba import Mamba as _Mamba
 from ..ops.causal_conv1d import causal_conv1d
 from ..ops.selective_scan import selective_scan, selective_scan_step
+from ..ops.ssd import ssd_step
+from ._mamba2 import (  # noqa: F401
+    MambaChunkScanCombinedFn,
+    MambaSplitConv1dScanCombinedFn,
+    mamba_chunk_scan_combined,
+    mamba_split_conv1d_scan_combined,
+)
+from ._mamba_layers import Mamba, Mamba2  # noqa: F401
+from ._mamba_norms import (  # noqa: F401
+    LayerNormGated,
+    RMSNorm,
+    RMSNormGated,
+    gated_rms_norm_ref,
+    layer_norm_fn,
+    layer_norm_linear_fn,
+    layernorm_fn,
+    rms_norm_fn,
+    rmsnorm_fn,
+)
 
-VERSION = "1.2.2"  # the last without Mamba-2: programs that find a later one import Mamba-2's functions unasked
+VERSION = "2.3.0"  # the last without Mamba-3: programs that find a later one import its functions unasked
 MODULES = {
-    "mamba_ssm": ("Mamba", "mamba_inner_fn", "selective_scan_fn"),
+    "mamba_ssm": ("Mamba", "Mamba2", "mamba_inner_fn", "selective_scan_fn"),
     "mamba_ssm.modules": (),
+    "mamba_ssm.modules.mamba2": (
+        "Mamba2",
+        "RMSNormGated",
+        "mamba_chunk_scan_combined",
+        "mamba_split_conv1d_scan_combined",
+        "selective_state_update",
+    ),
     "mamba_ssm.modules.mamba_simple": ("Mamba",),
     "mamba_ssm.ops": (),
     "mamba_ssm.ops.selective_scan_interface": (
@@ -39,7 +67,21 @@ MODULES = {
         "selective_scan_ref",
     ),
     "mamba_ssm.ops.triton": (),
+    "mamba_ssm.ops.triton.layer_norm": ("RMSNorm", "layer_norm_fn", "layer_norm_linear_fn", "rms_norm_fn"),
+    "mamba_ssm.ops.triton.layernorm_gated": {
+        "LayerNorm": "LayerNormGated",
+        "RMSNorm": "RMSNormGated",
+        "layernorm_fn": "layernorm_fn",
+        "rms_norm_ref": "gated_rms_norm_ref",
+        "rmsnorm_fn": "rmsnorm_fn",
+    },
     "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update", "selective_state_update_ref"),
+    "mamba_ssm.ops.triton.ssd_combined": (
+        "MambaChunkScanCombinedFn",
+        "MambaSplitConv1dScanCombinedFn",
+        "mamba_chunk_scan_combined",
+        "mamba_split_conv1d_scan_combined",
+    ),
 }
 
 
@@ -208,7 +250,10 @@ def selective_state_update(
     dt_softplus: bool = False,
     state_batch_indices: Tensor | None = None,
 ) -> Tensor:
-    """`seqkern.selective_scan_step`; no gradient, also where parameters require one.
+    """One token of Mamba or Mamba-2; no gradient, also where parameters require one.
+
+    With heads and one dt, A and dt_bias for each of them (expanded tensors, with strides of 0) this is
+    `seqkern.ssd_step`, which reads each of them once; else `seqkern.selective_scan_step`.
 
     Args:
         state: (R, D, N) or (R, H, P, N), updated in place.
@@ -221,7 +266,16 @@ def selective_state_update(
     Returns:
         y like x.
     """
+    if state.dim() == 4 and _constant(dt, -1) and _constant(A, -1, -2) and _constant(dt_bias, -1):
+        dt_bias = None if dt_bias is None else dt_bias[..., 0]
+        options = {"dt_bias": dt_bias, "dt_softplus": dt_softplus, "state_indices": state_batch_indices}
+        return ssd_step(state, x, dt[..., 0], A[..., 0, 0], B, C, D, z, **options)
     return selective_scan_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices=state_batch_indices)
+
+
+def _constant(t: Tensor | None, *dims: int) -> bool:
+    """Whether a tensor repeats one number along these dimensions."""
+    return t is None or all(t.stride(dim) == 0 for dim in dims)
 
 
 def selective_state_update_ref(
@@ -238,83 +292,3 @@ def selective_state_update_ref(
 ) -> Tensor:
     """`selective_state_update` in plain torch: `seqkern.reference.selective_scan_step`."""
     return reference.selective_scan_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-
-
-class Mamba(_Mamba):
-    """`seqkern.nn.Mamba` with the constructor, the cache and the step of mamba_ssm's; state_dicts are the same.
-
-    A cache is a pair of tensors per layer, in inference_params.key_value_memory_dict[layer_idx]: the latest d_conv
-    inputs of the convolution, (B, d_inner, d_conv), of which the oldest is never read and may be 0, and the state of
-    the scan, (B, d_inner, d_state).
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: int = 2,
-        dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
-        use_fast_path: bool = True,
-        layer_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        steps = (dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
-        super().__init__(d_model, d_state, d_conv, expand, *steps, conv_bias, bias, device, dtype)
-        self.use_fast_path, self.layer_idx = use_fast_path, layer_idx
-        # What code around the layer looks for.
-        self.activation, self.act = "silu", nn.SiLU()
-        self.conv1d.padding = (d_conv - 1,)
-        self.dt_proj.bias._no_reinit = True
-
-    def forward(self, hidden_states: Tensor, inference_params=None) -> Tensor:
-        """(B, L, d_model) -> the same; with inference_params the layer's cache moves on.
-
-        After the first tokens (inference_params.seqlen_offset > 0) L is 1, and there are no gradients.
-        """
-        if inference_params is None:
-            return super().forward(hidden_states)
-        conv_state, ssm_state = self._get_states_from_cache(inference_params, hidden_states.shape[0])
-        if inference_params.seqlen_offset > 0:
-            return self.step(hidden_states, conv_state, ssm_state)[0]
-        y, (latest, last_state) = super().forward(hidden_states, return_state=True)
-        with torch.no_grad():
-            conv_state[..., 0] = 0
-            conv_state[..., 1:] = latest
-            ssm_state.copy_(last_state)
-        return y
-
-    @torch.no_grad()
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One token (B, 1, d_model) -> (y of the same shape, conv_state, ssm_state); both states move on in place."""
-        return super().step(hidden_states.squeeze(1), (conv_state, ssm_state)).unsqueeze(1), conv_state, ssm_state
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs
-    ) -> tuple[Tensor, Tensor]:
-        """Zeros for a cache, in the dtype of the parameters unless another is given. max_seqlen does not matter."""
-        weight = self.out_proj.weight
-        dtype = dtype or weight.dtype
-        return (
-            weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype),
-            weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=dtype),
-        )
-
-    def _get_states_from_cache(self, inference_params, batch_size: int, initialize_states: bool = False):
-        if self.layer_idx is None:
-            raise RuntimeError("Mamba: a cache needs layer_idx, got None; give each layer its number")
-        caches = inference_params.key_value_memory_dict
-        if self.layer_idx not in caches:
-            caches[self.layer_idx] = self.allocate_inference_cache(batch_size, max_seqlen=0)
-        elif initialize_states:
-            for state in caches[self.layer_idx]:
-                state.zero_()
-        return caches[self.layer_idx]

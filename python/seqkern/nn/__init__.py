@@ -2,11 +2,30 @@
 
 from .aaren import Aaren
 from .conv import GatedConv
+from .gla import GLA
 from .hgrn import HGRN, HGRNLowerBounds
 from .lru import LRU
 from .mamba import Mamba
+from .mamba2 import Mamba2
 from .mingru import MinGRU, MinLSTM
+from .mlstm import MLSTM
+from .retnet import RetNet
 from .rglru import RGLRU
 from .s5 import S5
 
-__all__ = ["HGRN", "LRU", "RGLRU", "S5", "Aaren", "GatedConv", "HGRNLowerBounds", "Mamba", "MinGRU", "MinLSTM"]
+__all__ = [
+    "GLA",
+    "HGRN",
+    "LRU",
+    "MLSTM",
+    "RGLRU",
+    "S5",
+    "Aaren",
+    "GatedConv",
+    "HGRNLowerBounds",
+    "Mamba",
+    "Mamba2",
+    "MinGRU",
+    "MinLSTM",
+    "RetNet",
+]
