@@ -1,7 +1,7 @@
 """Whole Mamba models of Hugging Face transformers on seqkern, against the same models in transformers' plain torch.
 
     python3 bench/end_to_end.py                     # two layers of mamba-130m's size at L = 1024
-    python3 bench/end_to_end.py --family falcon_mamba --length 512 --dtype bfloat16
+    python3 bench/end_to_end.py --family mamba2 --length 512 --dtype bfloat16
 
 The model has random weights and no head: its input is embeddings. Both ways take turns, a ratio is that of medians,
 and the difference is the largest one over the largest value, of outputs or of gradients.
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = {"mamba": "Mamba", "falcon_mamba": "FalconMamba"}
+FAMILIES = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}
 BUDGET_S = 60  # no further round of a row after it
 
 
@@ -50,9 +50,10 @@ def main(argv: list[str] | None = None) -> int:
         on_seqkern = modeling(options.family, "on_seqkern")
     transformers.logging.set_verbosity_error()
     name = FAMILIES[options.family]
-    config = getattr(transformers, f"{name}Config")(
-        vocab_size=8, hidden_size=options.hidden, num_hidden_layers=options.layers, residual_in_fp32=False
-    )
+    sizes = {"vocab_size": 8, "hidden_size": options.hidden, "num_hidden_layers": options.layers}
+    if options.family == "mamba2":  # of mamba2-130m, in chunks that suit transformers' plain torch best
+        sizes |= {"head_dim": 64, "num_heads": 2 * options.hidden // 64, "n_groups": 1, "chunk_size": 64}
+    config = getattr(transformers, f"{name}Config")(**sizes, residual_in_fp32=False)
     torch.manual_seed(0)
     models = {
         "transformers": getattr(own, f"{name}Model")(config),

@@ -4,7 +4,7 @@ competitors in bench/peers; nothing else changes."""
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -30,6 +30,7 @@ class Row:
     gradients: tuple[str, ...] = ()  # inputs differentiated in "forward+backward"
     updates: tuple[str, ...] = ()  # inputs changed in place
     options: frozenset[str] = frozenset()  # what a competitor must support to take part
+    coarse: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of seqkern.testing.compare, by result
     yardsticks: dict[str, Callable] = dataclasses.field(default_factory=dict)  # of the same inputs: timed beside it
     compiles: bool = False  # competitors that go through torch.compile, which takes seconds, take part
     slow: bool = False  # competitors that take about a second for a call take part
