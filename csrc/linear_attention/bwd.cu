@@ -5,8 +5,8 @@
 namespace seqkern::linear_attention::cuda {
 namespace {
 
-// [dout] to [dgates] of a head: dq, dk, dv, dgate, ddecay, dinput and the gradient of the initial state, or parts of
-// them
+// [dout] to [dgates] of a head: dq, dk, dv, dgate, ddecay, dinput and the gradient of the initial state, or parts
+//
 // block    all keys and kV values of a head of one row, or of a segment of it
 // thread   fragments of products; the state or its gradient in registers from chunk to chunk
 // shared   a chunk of q, k, v, dn, the state before or the gradient behind it, two matrices of scores

@@ -240,9 +240,9 @@ def test_a_changed_cotangent_changes_no_gradient_behind_it(operator, device):
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_stay_in_their_sequence(operator, device, packing, reverse, bad):
+def test_nan_and_inf_stay_in_their_sequence(operator, device, packed_as, reverse, bad):
     options = {"activation": "silu"} if "activation" in operator.factors else {}
-    case = operator.full_case(packing=packing, reverse=reverse, **options)
+    case = operator.full_case(packing=packed_as, reverse=reverse, **options)
     inputs = case.inputs(device)
     cotangents = inputs.cotangents()
     clean = results(inputs, cotangents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import ops
@@ -46,10 +47,11 @@ def _bytes_per_token(inputs: Inputs) -> int:
 
 
 def _workspace_bytes(inputs: Inputs) -> int:
-    """Gradients of q and k by parts of 4 value heads, of parameters by runs (csrc/linear_attention/cpu_plan.h)."""
+    """Gradients of q and k by parts of value heads, of parameters by runs (csrc/linear_attention/cpu_plan.h)."""
     letters = "B L H G S V" if inputs.operator.name == "ssd" else "B L HV H K V"
     B, L, HV, H, K, V = (inputs.sizes[letter] for letter in letters.split())
-    parts = max(1, -(-HV // max(1, H) // 4))
+    group = HV // max(1, H)
+    parts = max(1, -(-group // 6), min(torch.get_num_threads() // max(1, inputs.num_runs * H), group))
     keys = 0 if parts == 1 else parts * 2 * B * L * H * K
     D, bonus = inputs.tensors.get("D"), H * parts * K if "bonus" in inputs.tensors else 0
     numbers = 3 + (0 if D is None else V if D.dim() == 2 else 1)
