@@ -5,7 +5,7 @@
 namespace seqkern::linear_attention::cuda {
 namespace {
 
-// [dout] to [dgates] of a head: dq, dk, dv, dgate, ddecay, dinput and the gradient of the initial state, or parts
+// [dout] to [dgates] of a head: dq, dk, dv, dgate, ddecay, dinput and that of the initial state, or parts of them
 //
 // block    all keys and kV values of a head of one row, or of a segment of it
 // thread   fragments of products; the state or its gradient in registers from chunk to chunk
