@@ -20,7 +20,7 @@ from seqkern.testing import OPERATORS
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
 TINY = ["--as-installed", "--quick", "--device", "cpu", "--filter", r" step \([^)]*\) float32"]
-NAMES = [operator.name for operator in OPERATORS]
+NAMES = sorted({operator.raw for operator in OPERATORS})
 
 
 @pytest.fixture(autouse=True)

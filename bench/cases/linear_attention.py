@@ -241,5 +241,5 @@ def _step_row(device, shape, dtype, variant, function, reference, inputs, size) 
         options=frozenset({"ssd"} if variant.startswith("ssd") else {"per token"}),
         updates=("state",),
         compiles=True,
-        quick=B == 1,
+        quick=shape == SSD_STEPS[0],
     )
