@@ -12,7 +12,8 @@ COMMON = CSRC / "common"
 OPERATORS = sorted(path.parent.name for path in CSRC.glob("*/op.cpp"))
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
 FILES = ["README.md", "params.h", "tile.h", "cpu.cpp", "op.cpp"]
-FACING_TORCH = {"op.cpp", "op_step.cpp", "call.h", "check.h", "library.h", "tensor.h", "tensor.cpp", "parallel.cpp"}
+FACING_TORCH = {"op.cpp", "op_step.cpp", "call.h", "check.h", "library.h", "parallel.cpp"}
+FACING_TORCH |= {"tensor.h", "tensor.cpp", "token_tensors.h"}
 KERNELS = ["fwd*.cu", "bwd*.cu", "step*.cu"]
 
 

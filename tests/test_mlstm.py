@@ -169,6 +169,22 @@ def test_forget_gates_of_minus_infinity_are_resets():
     assert_same([df], [expected_df])
 
 
+@pytest.mark.parametrize("last", [0, 40, 69])
+def test_without_an_input_a_reset_leaves_an_empty_state(last, device):
+    """From token `last` on nothing is kept and nothing comes: C, n and m are those of no token, and no gradient of the
+    final state gets past."""
+    given = (*inputs(1, 70, 1, 1, 4, 3), *states(1, 1, 4, 3))
+    given[3][:, last:], given[4][:, last] = -INF, -INF
+    mine, theirs = leaves_of(*(t.to(device) for t in given)), leaves_of(*given)
+    results = []
+    for function, leaves in ((seqkern.mlstm, mine), (reference.mlstm, theirs)):
+        o, state = function(*leaves[:5], initial_state=tuple(leaves[5:]), return_final_state=True)
+        results.append([t.cpu() for t in (o, *state, *gradients([o, *state], leaves))])
+    C, n, m = results[0][1:4]
+    assert (C == 0).all() and (n == 0).all() and (m == -INF).all()
+    assert_same(*results)
+
+
 # States.
 
 

@@ -1,11 +1,10 @@
 """Rows of linear_attention under its names: ssd, linear attention with a decay per token and per key (gla), mlstm, and
 their steps."""
 
-from collections.abc import Callable
 from itertools import product
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from inputs import by_pieces, normal
 
 import seqkern
 from cases import Row
@@ -18,7 +17,6 @@ SSD_STEPS = [(1, 24, 64, 128), (64, 24, 64, 128)]  # (B, H, P, N); the last stat
 STEPS = [(1, 32, 128, 128), (32, 32, 128, 128)]  # (B, H, K, V); the last state has 67 MB
 DTYPES = (torch.float32, torch.bfloat16)  # of all but decays, dt, gates and states, which are float32
 CHUNK = 64  # tokens: what is counted is the chunk form, whose products are the fewest at usual sizes
-PIECE = 64  # tokens of the reference between two checkpoints
 
 
 def rows(device: str) -> list[Row]:
@@ -42,7 +40,7 @@ def _ssd(device, kind, shape, dtype, *, whole=False, **taking_part) -> Row:
     B, L, H, P, N = shape
 
     def inputs():
-        new = _normal(device)
+        new = normal(device)
         arguments = {
             "x": new(B, L, H, P).to(dtype),
             "dt": new(B, L, H),
@@ -66,7 +64,7 @@ def _ssd(device, kind, shape, dtype, *, whole=False, **taking_part) -> Row:
         "ssd, D, z, softplus" if whole else "ssd",
         options=frozenset({"ssd", "whole"} if whole else {"ssd"}),
         function=seqkern.ssd,
-        reference=_reference(seqkern.reference.ssd, ("x", "dt", "B", "C", "z")),
+        reference=by_pieces(seqkern.reference.ssd, ("x", "dt", "B", "C", "z")),
         inputs=inputs,
         read=read,
         written=values,
@@ -81,7 +79,7 @@ def _attention(device, kind, shape, dtype, form, **taking_part) -> Row:
     B, L, H, K, V = shape
 
     def inputs():
-        new = _normal(device)
+        new = normal(device)
         keys = {"q": new(B, L, H, K).to(dtype), "k": (new(B, L, H, K) / K**0.5).to(dtype)}
         gates = new(*((B, L, H) if form == "per token" else (B, L, H, K)))
         return keys | {"v": new(B, L, H, V).to(dtype), "log_decay": torch.nn.functional.logsigmoid(gates) / 8}
@@ -96,7 +94,7 @@ def _attention(device, kind, shape, dtype, form, **taking_part) -> Row:
         f"decay {form}",
         options=frozenset({form}),
         function=seqkern.linear_attention,
-        reference=_reference(seqkern.reference.linear_attention, ("q", "k", "v", "log_decay")),
+        reference=by_pieces(seqkern.reference.linear_attention, ("q", "k", "v", "log_decay")),
         inputs=inputs,
         read=values + 2 * keys + decays,
         written=values,
@@ -111,7 +109,7 @@ def _mlstm(device, kind, shape, dtype, **taking_part) -> Row:
     B, L, H, K, V = shape
 
     def inputs():
-        new = _normal(device)
+        new = normal(device)
         arguments = {name: new(B, L, H, size).to(dtype) for name, size in (("q", K), ("k", K), ("v", V))}
         return arguments | {"i": new(B, L, H), "f": 3 + new(B, L, H)}
 
@@ -124,7 +122,7 @@ def _mlstm(device, kind, shape, dtype, **taking_part) -> Row:
         "mlstm",
         options=frozenset({"mlstm"}),
         function=seqkern.mlstm,
-        reference=_reference(seqkern.reference.mlstm, ("q", "k", "v", "i", "f")),
+        reference=by_pieces(seqkern.reference.mlstm, ("q", "k", "v", "i", "f")),
         inputs=inputs,
         read=values + 2 * keys + 2 * B * L * H * 4,
         written=values,
@@ -172,34 +170,11 @@ def _row(device, kind, shape, dtype, variant, *, read, written, sizes, exps_per_
     )
 
 
-def _normal(device: str) -> Callable[..., torch.Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    return lambda *size: torch.randn(size, generator=generator, device=device)
-
-
-def _reference(function: Callable, over_time: tuple[str, ...]) -> Callable:
-    """A function of seqkern.reference, which keeps a state for every token, on PIECE tokens at a time."""
-
-    def reference(**inputs):
-        names = [name for name in over_time if name in inputs]
-        rest = {name: value for name, value in inputs.items() if name not in names}
-        ys, state = [], None
-        for piece in zip(*(inputs[name].split(PIECE, dim=1) for name in names), strict=True):
-            tokens = dict(zip(names, piece, strict=True))
-            y, state = checkpoint(
-                function, **tokens, **rest, initial_state=state, return_final_state=True, use_reentrant=False
-            )
-            ys.append(y)
-        return torch.cat(ys, dim=1)
-
-    return reference
-
-
 def _ssd_step(device, shape, dtype) -> Row:
     B, H, P, N = shape
 
     def inputs():
-        new = _normal(device)
+        new = normal(device)
         tokens = {"x": new(B, H, P).to(dtype), "dt": new(B, H), "A": -1 - torch.arange(H, device=device) % 16.0}
         tokens |= {"B": new(B, 1, N).to(dtype), "C": new(B, 1, N).to(dtype), "D": new(H), "z": new(B, H, P).to(dtype)}
         return {"state": new(B, H, P, N)} | tokens | {"dt_bias": new(H) - 4, "dt_softplus": True}
@@ -214,7 +189,7 @@ def _step(device, shape, dtype) -> Row:
     B, H, K, V = shape
 
     def inputs():
-        new = _normal(device)
+        new = normal(device)
         tokens = {name: new(B, H, size).to(dtype) for name, size in (("q", K), ("k", K), ("v", V))}
         return {"state": new(B, H, K, V)} | tokens | {"log_decay": -new(B, H).abs() / 8}
 

@@ -15,6 +15,11 @@ constexpr DType accumulator(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
+// Operands of matrix products: float32 for float16, whose numbers are exact in it, where sums of them cannot overflow.
+constexpr DType operand_of(DType data) {
+  return data == DType::kFloat16 ? DType::kFloat32 : data;
+}
+
 // A contiguous tensor whose element type the kernel reads at run time: parameters and states, which are small and
 // may differ from the data in dtype. `data == nullptr` means absent.
 struct Array {

@@ -25,6 +25,15 @@ struct alignas(16) Matrix {
   __device__ __forceinline__ const T* operator[](int row) const { return element[row]; }
 };
 
+// A part of a matrix, as an operand.
+template <typename M>
+struct Part {
+  M& matrix;
+  int row, column;
+
+  __device__ __forceinline__ auto* operator[](int i) const { return matrix[row + i] + column; }
+};
+
 // How an operand lies in memory: as the product reads it, or with rows and columns exchanged.
 enum Lie { kPlain, kTransposed };
 

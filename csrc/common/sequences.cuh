@@ -48,6 +48,7 @@ __device__ __forceinline__ Span packed_span(const Sequences& s, int64_t n) {
 __device__ __forceinline__ Span packed_span_at(const Sequences& s, int64_t tau) {
   const int64_t t = memory_place(s, tau);
   int64_t low = 0, high = s.count;  // sequences before `low` start at or before t, those from `high` on after it
+#pragma unroll 1
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (sequence_start(s, middle) <= t)
@@ -70,7 +71,9 @@ __device__ __forceinline__ Span span_at(const Sequences& s, int64_t b, int64_t t
   const int32_t id = sequence_id(s, b, tau);
   const int64_t low = max(tau - before, int64_t{0}), high = min(tau + after + 1, s.length);
   int64_t begin = tau, end = tau + 1;
+#pragma unroll 1
   while (begin > low && sequence_id(s, b, begin - 1) == id) --begin;
+#pragma unroll 1
   while (end < high && sequence_id(s, b, end) == id) ++end;
   return {begin, end, b, id < 0};
 }
@@ -101,6 +104,7 @@ __device__ __forceinline__ Span span_in_window(const Sequences& s, int64_t b, in
 __device__ __forceinline__ bool all_padding(const Sequences& s, int64_t b, int64_t begin, int64_t end, bool near_end) {
   constexpr int kAtOnce = 8;  // loads in flight
   int64_t low = memory_place(s, begin, end - begin), high = low + end - begin;
+#pragma unroll 1
   while (low < high) {
     const int count = static_cast<int>(min(high - low, int64_t{kAtOnce}));
     const bool from_high = near_end != s.reverse;
@@ -134,6 +138,7 @@ __device__ __forceinline__ Span span_of_state(const Sequences& s, int64_t state,
   if (s.cu_seqlens) return packed_span(s, state);
   if (!s.seq_idx) return {0, s.length, state, false};
   int64_t padding = 0;
+#pragma unroll 1
   while (padding < s.length && sequence_id(s, state, first ? padding : s.length - 1 - padding) < 0) ++padding;
   if (padding == s.length) return {0, 0, state, false};
   const int64_t tau = first ? padding : s.length - 1 - padding;

@@ -55,6 +55,20 @@ inline Float reciprocal(Float x) {
 #endif
 }
 
+// Rounded to nearest.
+inline Float sqrt(Float x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(kAll, x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+inline Double sqrt(Double x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+
 // exp(x) to 3e-7 of its value, for any x <= 0. exp(0) is 1.
 [[gnu::always_inline]] inline Float exp_of_negative(Float x) {
   x = x < -110.f ? splat(-110.f) : x;  // exp is 0 below; false for NaN, which stays

@@ -23,12 +23,12 @@ __global__ void __launch_bounds__(kBwdThreads, kBlocks)
 }
 
 struct Instance {
-  Tile tile;
+  ChunkTile tile;
   void (*kernel)(BwdParams, BwdPlan, BwdPass);
 };
 template <typename T, int kTile>
 constexpr Instance instance() {
-  constexpr Tile kT = kBwdTiles[kTile];
+  constexpr ChunkTile kT = kBwdTiles[kTile];
   static_assert(kT.operand == kDType<T>);
   using Shared = std::conditional_t<kT.per_key, KeyShared<T, kT.tokens, kT.keys, kT.values>,
                                     TokenShared<T, kT.tokens, kT.keys, kT.values>>;

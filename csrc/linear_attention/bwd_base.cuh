@@ -142,7 +142,7 @@ struct WalkBase {
   // f(key, value, whether there are such, place) for a row of states.
   template <typename F>
   __device__ __forceinline__ void for_each_of_state(int64_t row, F&& f) {
-    const StatePlace at(p, row, place.hv);
+    const StatePlace at(state_shape(p), row, place.hv);
 #pragma unroll 1
     for (int i = threadIdx.x; i < kK * kV; i += kBwdThreads) {
       const int key = p.value_major ? i % kK : i / kV, v = p.value_major ? i / kK : i % kV;

@@ -168,8 +168,8 @@ struct TokenDecays : WalkBase<T, kC, kK, kV, TokenShared<T, kC, kK, kV>> {
     if (p.gates.form != Form::kExp) return x;
     const R before = i > 0 ? shared.gates.maximum[i - 1] : this->m_before(chunk, first), m = shared.gates.maximum[i];
     x.empty = m == -kInfinity<R>;
-    x.kept = before != -kInfinity<R> && !(x.input > x.f + before);
-    x.g = x.empty ? R(0) : clamp_decay(x.f + before - m), x.w = shared.gates.weight[i];
+    x.kept = !x.empty && !(x.input > x.f + before);
+    x.g = x.empty ? kVanished<R> : clamp_decay(x.f + before - m), x.w = shared.gates.weight[i];
     return x;
   }
 

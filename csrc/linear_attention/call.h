@@ -2,7 +2,7 @@
 #pragma once
 #include <string>
 
-#include "common/tensor.h"
+#include "common/token_tensors.h"
 #include "linear_attention/params.h"
 
 namespace seqkern::linear_attention {
@@ -73,9 +73,7 @@ struct Parameters {
 };
 
 inline void check_heads(const Checker& check, const Names& names, int64_t heads, int64_t value_heads) {
-  if (heads == 0 ? value_heads != 0 : value_heads % heads != 0)
-    check.fail(names.v, " must have a number of heads that is a multiple of the heads of ", names.q, ", ", names.heads,
-               "=", heads, ", got ", names.value_heads, "=", value_heads);
+  check_value_heads(check, names.v, names.q, names.heads, heads, names.value_heads, value_heads);
 }
 
 // A state that is given to or by a call, contiguous.
@@ -149,8 +147,8 @@ struct Call {
                  {is_value ? names.value_heads : names.heads, heads},
                  {is_value ? names.size : names.keys, size}});
     check.device(name, t, names.v, v);
-    const Tensor kept = size == 1 || t.stride(3) == 1 ? t : as_contiguous(t);
-    out = {kept.data_ptr(), check.floating(name, kept), kept.stride(0), kept.stride(1), kept.stride(2)};
+    Tensor kept = t;
+    out = token_rows(check, name, kept);
     return kept;
   }
 
@@ -162,8 +160,8 @@ struct Call {
     else
       check.shape(name, t, {batch(), length(), value_heads()});
     check.device(name, t, names.v, v);
-    return {t.data_ptr(), check.floating(name, t), constant ? 0 : t.stride(0), constant ? 0 : t.stride(1),
-            t.stride(constant ? 0 : 2)};
+    if (constant) return {t.data_ptr(), check.floating(name, t), 0, 0, t.stride(0)};
+    return token_numbers(check, name, t);
   }
 
   void gates(const Given& given, const Options& options) {
@@ -175,9 +173,7 @@ struct Call {
     if (gates.form == Form::kKey) {
       check.shape(names.decay, *decay, {batch(), length(), value_heads(), {names.keys, in.keys}});
       check.device(names.decay, *decay, names.v, v);
-      if (in.keys != 1 && decay->stride(3) != 1) decay = as_contiguous(decay);
-      gates.decay = {decay->data_ptr(), check.floating(names.decay, *decay), decay->stride(0), decay->stride(1),
-                     decay->stride(2)};
+      gates.decay = token_rows(check, names.decay, *decay);
       return;
     }
     gates.decay = numbers(names.decay, *decay, gates.form == Form::kToken);

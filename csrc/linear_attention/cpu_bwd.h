@@ -44,7 +44,7 @@ struct Backward : GateGradients<T> {
       const int64_t square = kChunk * kChunk, wide = at_least(call.width, kChunk);
       const int64_t chunks = ceil_div(longest_run(call.in), kChunk), slot = call.most_heads * call.state_size;
       of_gates.allocate(call, take);
-      of_keys.allocate(call.per_key, call.key_row, take);
+      if (call.per_key) of_keys.allocate(1, call.key_row, take);
       q = take(of_keys_row), k = take(of_keys_row), dq = take(of_keys_row), dk = take(of_keys_row);
       read_q = take(of_keys_row), left_k = take(of_keys_row), S_dn = take(of_keys_row), dS_v = take(of_keys_row);
       bonus = take(call.key_row), bonus_dscore = take(kChunk);
@@ -93,39 +93,21 @@ struct Backward : GateGradients<T> {
     this->store_dbonus(u, a.of_gates);
   }
 
-  A* state_of(A* states, const Unit& u, int64_t slot, int64_t h) const {
-    return states + (slot * u.heads + h) * state_size;
-  }
-
   void walk(const Unit& u, const Arrays& a) const {
-    const int64_t last = at_least(0, u.chunks - 1) / stretch * stretch;
-    const auto keep = [&](const A* from, A* to) { copy(from, u.heads * state_size, to); };
     enter(u, a);
-    for (int64_t c = 0; c < u.chunks; ++c) {
-      if (c % stretch == 0) {
-        if (c > 0) keep(state_of(a.states, u, stretch, 0), a.states);
-        keep(a.states, state_of(a.starts, u, c / stretch, 0));
-      }
-      advance(u, u.first + c, state_of(a.states, u, c % stretch, 0), state_of(a.states, u, c % stretch + 1, 0), a);
-    }
-    enter_backward(u, state_of(a.states, u, u.chunks - last, 0), a);
     if (in.read_previous) this->load_bonus(u.key_head, a.bonus);
-    for (int64_t first = last; first >= 0 && u.chunks > 0; first -= stretch) {
-      if (first < last) {
-        keep(state_of(a.starts, u, first / stretch, 0), a.states);
-        for (int64_t c = 0; c + 1 < stretch; ++c)
-          advance(u, u.first + first + c, state_of(a.states, u, c, 0), state_of(a.states, u, c + 1, 0), a);
-      }
-      for (int64_t c = at_most(stretch, u.chunks - first) - 1; c >= 0; --c)
-        differentiate_chunk(u, u.first + first + c, state_of(a.states, u, c, 0), a);
-    }
+    walk_back(
+        u.chunks, stretch, u.heads * state_size, a.states, a.starts,
+        [&](int64_t c, const A* S, A* S_after) { advance(u, u.first + c, S, S_after, a); },
+        [&](const A* S) { enter_backward(u, S, a); },
+        [&](int64_t c, const A* S) { differentiate_chunk(u, u.first + c, S, a); });
     if (u.begins) store_dinitial(u, a);
   }
 
   // States before the first chunk.
   void enter(const Unit& u, const Arrays& a) const {
     for (int64_t h = 0; h < u.heads; ++h) {
-      A* const S = state_of(a.states, u, 0, h);
+      A* const S = a.states + h * state_size;
       this->load_state(in.initial_state, u.run->initial, u.head + h, false, S, a.m0 + h);
       if (this->segment > 0) copy(this->element(u.segment, u.head + h).S, state_size, S);
     }
@@ -156,7 +138,7 @@ struct Backward : GateGradients<T> {
     for (int64_t h = 0; h < u.heads; ++h) {
       if (to.m && a.m0[h] == kEmpty<A>) continue;
       const A* const dS = a.dS + h * state_size;
-      const A through = to.m && u.chunks > 0 ? dot(dS, state_of(a.states, u, 0, h), state_size) : A{0};
+      const A through = to.m && u.chunks > 0 ? dot(dS, a.states + h * state_size, state_size) : A{0};
       this->store_state(dS, through + a.of_gates.flow[h], to, u.run->initial, u.head + h);
     }
   }
@@ -169,13 +151,13 @@ struct Backward : GateGradients<T> {
     this->load_keys(in.k, here, u.key_head, Next(1), a.k);
     Right<T> k = pack_right(a.k, key_row, 1, n, keys, a.k_right, true);
     for (int64_t h = 0; h < u.heads; ++h, S += state_size, S_after += state_size) {
-      const Next next(u, h, 1);
+      const Next next(u.heads, h, 1);
       this->load_v(here, u.head + h, next, a.v);
       const A* v = a.v;
       if (per_key) {
         load_key_gates(here, u.head + h, next, a);
         copy(a.k, n * key_row, a.left_k);
-        this->keys_to_end(a.of_keys.gates, n, a.left_k);
+        this->keys_to_end(a.of_keys.decays, n, a.left_k);
         k = pack_right(a.left_k, key_row, 1, n, keys, a.k_right, true);
         for (int64_t i = 0; i < width * key_row; i += key_row)
           multiply_row(a.of_keys.total, S + i, key_row, S_after + i);
@@ -193,7 +175,7 @@ struct Backward : GateGradients<T> {
     }
   }
   void load_key_gates(const Chunk& here, int64_t head, const Next& next, const Arrays& a) const {
-    this->load_keys(in.gates.decay, here, head, next, a.of_keys.gates.step);
+    this->load_keys(in.gates.decay, here, head, next, a.of_keys.decays.step);
     a.of_keys.accumulate(here.count, key_row, in.read_previous);
   }
 
@@ -211,7 +193,7 @@ struct Backward : GateGradients<T> {
     }
     for (int64_t h = 0; h < u.heads; ++h, S += state_size) {
       const int64_t head = u.head + h;
-      const Next next(u, h, -1);
+      const Next next(u.heads, h, -1);
       A* const dS = a.dS + h * state_size;
       this->load_v(here, head, next, a.v);
       if (per_key)
@@ -312,7 +294,7 @@ struct Backward : GateGradients<T> {
     const int64_t n = here.count;
     const KeyScores<A>& of_keys = a.of_keys;
     copy(a.q, n * key_row, a.read_q), copy(a.k, n * key_row, a.left_k);
-    this->scores_per_key(of_keys.gates, n, a.read_q, a.left_k, a.of_gates.packed, a.scores);
+    this->scores_per_key(of_keys.decays, n, in.read_previous, {{a.read_q, a.scores}}, a.left_k, a.of_gates.packed);
     if (in.read_previous) add_bonus(n, a);
     const Operands of = operands(a.read_q, a.left_k, n, a);
     multiply_dS_k(of.kt, dS, n, a);
@@ -323,7 +305,8 @@ struct Backward : GateGradients<T> {
     of_keys.decay_dS(S, dS, width, key_row);
     // [dcarry]
     multiply(pack_left(a.dn, 1, value_row, width, n, a.left), of.q, dS, key_row, width, keys, n, true);
-    differentiate_keys<T>(*this, a.q, a.k, a.S_dn, a.dS_v, a.dscores, n, of_keys, a.left, a.right, a.dq, a.dk);
+    differentiate_keys(*this, {Read<A>{a.q, a.S_dn, a.dscores, !in.read_previous, a.dq}}, a.k, a.dS_v, n,
+                       in.read_previous, of_keys, a.left, a.right, a.dk);
     this->store_keys(of_keys.dg, p.ddecay, here, head);
   }
 
@@ -358,7 +341,7 @@ struct Backward : GateGradients<T> {
 
   // The diagonal of [scores] that read_previous has, and its gradients from dP_ii summed over heads.
   void add_bonus(int64_t n, const Arrays& a) const {
-    A* const diagonal = a.of_gates.sums.diagonal;
+    A* const diagonal = a.of_gates.diagonal;
     this->multiply_bonus(a.q, a.k, a.bonus, n, diagonal);
     for (int64_t i = 0; i < n; ++i) a.scores[i * kChunk + i] = diagonal[i];
   }

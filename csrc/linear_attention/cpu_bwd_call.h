@@ -1,18 +1,10 @@
 // Where the backward finds and leaves things: units of work, rows of tokens, states. Internal to cpu.cpp.
 #pragma once
+#include "common/chunk_bwd.h"
 #include "linear_attention/cpu_call.h"
 
 namespace seqkern::linear_attention {
 namespace {
-
-template <class A>
-inline void copy(const A* from, int64_t count, A* to) {
-  convert(from, 1, count, to);
-}
-template <class A>
-inline A dot(const A* x, const A* y, int64_t count) {
-  return sum_of_lanes<A>(dot_lanes(x, y, count));
-}
 
 // Value heads [head, head + heads) of a key head, and chunks [first, first + chunks) of a run: all of it, or a segment.
 struct Unit {
@@ -23,23 +15,14 @@ struct Unit {
   int64_t key_head, part, head, heads;
 };
 
-// Where a walk goes on after head h of a unit in a chunk; direction: 1 or -1.
-struct Next {
-  int64_t heads, chunks;  // ahead
-
-  Next(const Unit& u, int64_t h, int64_t direction)
-      : heads(h + 1 < u.heads ? 1 : 1 - u.heads), chunks(h + 1 < u.heads ? 0 : direction) {}
-  explicit Next(int64_t direction) : heads(0), chunks(direction) {}
-};
-
 template <class T>
 struct BackwardCall : Call<T> {
   using A = SumOf<T>;
-  using Call<T>::in, Call<T>::step, Call<T>::key_row, Call<T>::per_key, Call<T>::group;
+  using Call<T>::in, Call<T>::keys, Call<T>::key_row, Call<T>::group;
 
   const BwdParams& p;
   const bool normalized = in.normalizer != Normalizer::kNone;
-  const int64_t keys = in.keys, width = in.size + (normalized ? 1 : 0);
+  const int64_t width = in.size + (normalized ? 1 : 0);
   const int64_t value_row = padded<T>(width);
   const int64_t state_size = round_up(width, kWidestVector) * key_row;
   const int64_t parts = parts_of_group(in), most_heads = most_heads_of_part(in);
@@ -77,26 +60,11 @@ struct BackwardCall : Call<T> {
 
   // ---- rows of tokens
 
-  // The first `size` elements of each token in rows of `row`, the rest zeros; and a hint at what comes next: rows of
-  // heads lie too far apart for the processor to foresee.
-  void load_rows(const Data& x, const Chunk& here, int64_t head, int64_t size, int64_t row, const Next& next,
-                 A* rows) const {
-    visit_dtype(x.dtype, [&]<class X>() {
-      constexpr int64_t kBytes = sizeof(X), kLine = 64;
-      const int64_t ahead = (next.heads * x.h + next.chunks * kChunk * step * x.l) * kBytes;
-      const X* from = static_cast<const X*>(x.data) + this->offset(x, here, head);
-      for (int64_t i = 0; i < here.count; ++i, from += step * x.l, rows += row) {
-        for (int64_t byte = 0; byte < size * kBytes; byte += kLine) prefetch_read(from, ahead + byte);
-        for (int64_t j = 0; j < row; j += kLanes<A>)
-          store<A>(rows + j, load<A>(from + j, static_cast<int>(at_least(0, at_most(size - j, kLanes<A>)))));
-      }
-    });
-  }
   void load_keys(const Data& x, const Chunk& here, int64_t head, const Next& next, A* rows) const {
-    load_rows(x, here, head, keys, key_row, next, rows);
+    this->load_rows(x, here, head, keys, key_row, next, rows);
   }
   void load_values(const Data& x, const Chunk& here, int64_t head, const Next& next, A* rows) const {
-    load_rows(x, here, head, in.size, value_row, next, rows);
+    this->load_rows(x, here, head, in.size, value_row, next, rows);
   }
   // With its column of ones.
   void load_v(const Chunk& here, int64_t head, const Next& next, A* v) const {
@@ -104,25 +72,11 @@ struct BackwardCall : Call<T> {
     for (int64_t j = 0; normalized && j < here.count; ++j) v[j * value_row + in.size] = 1;
   }
 
-  void store_rows(const A* rows, int64_t row, const Data& x, const Chunk& here, int64_t head, int64_t size) const {
-    visit_dtype(x.dtype, [&]<class X>() {
-      X* to = static_cast<X*>(x.data) + this->offset(x, here, head);
-      for (int64_t i = 0; i < here.count; ++i, to += step * x.l, rows += row) {
-        for (int64_t j = 0; j < size; j += kLanes<A>) {
-          const int lanes = static_cast<int>(at_most(size - j, kLanes<A>));
-          if (large && lanes == kLanes<A>)
-            stream<A>(to + j, load<A>(rows + j));
-          else
-            store<A>(to + j, load<A>(rows + j), lanes);
-        }
-      }
-    });
-  }
   void store_keys(const A* rows, const Data& x, const Chunk& here, int64_t head) const {
-    store_rows(rows, key_row, x, here, head, keys);
+    this->store_rows(rows, key_row, x, here, head, keys, large);
   }
   void store_values(const A* rows, const Data& x, const Chunk& here, int64_t head) const {
-    store_rows(rows, value_row, x, here, head, in.size);
+    this->store_rows(rows, value_row, x, here, head, in.size, large);
   }
 
   // dq (which = 0) or dk (1) of a unit: the result, or where there are several parts one of its summands.

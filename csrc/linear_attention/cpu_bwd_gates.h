@@ -1,7 +1,7 @@
 // The backward of gates, outputs and parameters: numbers per token and value head, and their sums over time. Internal
 // to cpu.cpp.
 #pragma once
-#include "linear_attention/cpu_bwd_scores.h"
+#include "linear_attention/cpu_bwd_call.h"
 
 namespace seqkern::linear_attention {
 namespace {
@@ -22,6 +22,7 @@ struct GateGradients : BackwardCall<T> {
     typename Call<T>::Packed packed;
     TokenSums<A> sums;
     A *dout_o, *dn_of_dout, *de;  // (tokens): do . o, dn / do, de
+    A* diagonal;                  // (tokens): q_i . (bonus * k_i)
     A* dm;                        // (tokens): of m_t itself
     A *dg, *dw, *numbers;         // (tokens)
     A *D, *dD;                    // (V), (heads, V)
@@ -33,6 +34,7 @@ struct GateGradients : BackwardCall<T> {
     void allocate(const GateGradients& call, const Take& take) {
       gates.allocate(take), packed.allocate(call.in.keys, take), sums.allocate(take);
       dout_o = take(kChunk), dn_of_dout = take(kChunk), de = take(kChunk), dm = take(kChunk);
+      diagonal = take(kChunk);
       dg = take(kChunk), dw = take(kChunk), numbers = take(kChunk);
       D = take(call.dD_row), dD = take(call.most_heads * call.dD_row), dbonus = take(call.key_row);
       of_head = take(call.most_heads * kHeadNumbers), flow = take(call.most_heads);
@@ -103,17 +105,8 @@ struct GateGradients : BackwardCall<T> {
   void differentiate_gates(const Chunk& chunk, int64_t head, int64_t h, A both, const Arrays& a) const {
     const int64_t count = chunk.count;
     const TokenSums<A>& sums = a.sums;
-    A later = both, earlier = 0;
-    for (int64_t t = count - 1; t >= 0; --t) {
-      const A before = later;
-      later += sums.of_q[t];
-      a.dg[t] = sums.across[t] + (in.read_previous ? before : later);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      a.dg[t] += earlier;
-      earlier += a.gates.w[t] * sums.of_k[t];
-      a.dw[t] = sums.columns[t] + sums.of_k[t];
-    }
+    sums.differentiate(both, a.gates.w, count, in.read_previous, a.dg);
+    for (int64_t t = 0; t < count; ++t) a.dw[t] = sums.columns[t] + sums.of_k[t];
     if (in.gates.form == Form::kToken) store_ddecay(chunk, head, h, a.dg, a);
     if (in.gates.form == Form::kDelta) differentiate_delta(chunk, head, h, a);
     if (in.gates.form == Form::kExp) differentiate_exponential(chunk, head, h, a);
@@ -170,24 +163,18 @@ struct GateGradients : BackwardCall<T> {
     for (int64_t i = 0; i < chunk.count; i += kLanes<A>)
       store<A>(a.dg + i, load<A>(a.dg + i) * sigmoid(-load<A>(a.numbers + i)));
     store_ddecay(chunk, head, h, a.dg, a);
-    store_numbers(a.dw, p.dinput, chunk, head);
+    this->store_numbers(a.dw, p.dinput, chunk, head);
   }
 
-  void store_numbers(const A* from, const Data& x, const Chunk& chunk, int64_t head) const {
-    visit_dtype(x.dtype, [&]<class X>() {
-      X* to = static_cast<X*>(x.data) + this->offset(x, chunk, head);
-      for (int64_t i = 0; i < chunk.count; ++i, to += step * x.l) *to = narrow<X>(from[i]);
-    });
-  }
   bool constant_decay() const { return p.ddecay.l == 0; }  // (HV,)
   void store_ddecay(const Chunk& chunk, int64_t head, int64_t h, const A* from, const Arrays& a) const {
-    if (!constant_decay()) return store_numbers(from, p.ddecay, chunk, head);
+    if (!constant_decay()) return this->store_numbers(from, p.ddecay, chunk, head);
     for (int64_t t = chunk.count - 1; t >= 0; --t) a.of_head[h * kHeadNumbers + 2] += from[t];
   }
   void clear_gate_gradients(const Chunk& chunk, int64_t head, const Arrays& a) const {
     clear(a.dg, kChunk);
-    if (p.ddecay && !constant_decay()) store_numbers(a.dg, p.ddecay, chunk, head);
-    if (p.dinput) store_numbers(a.dg, p.dinput, chunk, head);
+    if (p.ddecay && !constant_decay()) this->store_numbers(a.dg, p.ddecay, chunk, head);
+    if (p.dinput) this->store_numbers(a.dg, p.dinput, chunk, head);
   }
 
   // ---- parameters: sums over the tokens of a unit in the workspace, then over units in order

@@ -1,18 +1,10 @@
 // The forward pass. Internal to cpu.cpp.
 #pragma once
+#include "common/blocks.h"
 #include "linear_attention/cpu_call.h"
 
 namespace seqkern::linear_attention {
 namespace {
-
-// Value heads that a thread takes through time together, all values of each, or a part of one head's. What a chunk's q
-// and k give by themselves, such as their products, is computed once for all heads of a block that share them; and
-// heads lie side by side in memory, so longer rows are read.
-struct Block {
-  const Run* run;
-  int64_t head, heads;    // value heads [head, head + heads)
-  int64_t value, values;  // values [value, value + values) of each
-};
 
 template <class T>
 struct Forward : Call<T> {
@@ -20,19 +12,12 @@ struct Forward : Call<T> {
   using Call<T>::in, Call<T>::key_row, Call<T>::per_key;
 
   const FwdParams& p;
-  const int64_t part = values_of_part(in), parts = parts_of_head(in), units = in.value_heads * parts;  // of a run
   const int64_t segment = segment_tokens(in);  // tokens, 0: runs are whole
+  const Blocks<FwdParams> blocks = Blocks<FwdParams>(p, segment == 0);
+  const int64_t units = blocks.units, max_row = padded<T>(blocks.max_values);
   const bool normalized = in.normalizer != Normalizer::kNone;
-  const int64_t max_values = at_most(part, in.size), max_row = padded<T>(max_values);
-  const int64_t max_heads = heads_of_block();
 
   explicit Forward(const FwdParams& params) : Call<T>(params), p(params) {}
-
-  int64_t heads_of_block() const {
-    if (parts > 1 || segment > 0) return 1;
-    const int64_t bytes = in.keys * max_row * static_cast<int64_t>(sizeof(A));
-    return at_least(1, at_most(in.value_heads, kStateBytes / at_least(1, bytes)));
-  }
 
   // The state of a head.
   struct HeadState {
@@ -51,13 +36,13 @@ struct Forward : Call<T> {
     A *S, *z, *m;  // of all heads of a block
     A *decay, *sum_f;
     TokenGates<A> gates;
-    KeyGates<A> key_gates;
+    KeyDecays<A> key_gates;
     typename Call<T>::Packed packed;
     T *of_q, *of_q_k, *of_k, *of_v, *of_S, *of_scores;  // operands
 
     template <class Take>
     void allocate(const Forward& call, const Take& take) {
-      const int64_t keys = call.in.keys, key_row = call.key_row, row = call.max_row, heads = call.max_heads;
+      const int64_t keys = call.in.keys, key_row = call.key_row, row = call.max_row, heads = call.blocks.max_heads;
       const auto operands = [&](int64_t count) { return Call<T>::take_operands(take, count); };
       q = take(kChunk * key_row), k = take(kChunk * key_row), v = take(kChunk * row), y = take(kChunk * row);
       products = take(kChunk * kChunk), scores = take(kChunk * kChunk);
@@ -68,8 +53,8 @@ struct Forward : Call<T> {
       gates.allocate(take);
       if (call.per_key) key_gates.allocate(key_row, take), packed.allocate(keys, take);
       of_q = operands(left_room<T>(kChunk, keys)), of_q_k = operands(right_room<T>(keys, kChunk));
-      of_k = operands(left_room<T>(keys, kChunk)), of_v = operands(right_room<T>(kChunk, call.max_values));
-      of_S = operands(right_room<T>(keys, call.max_values)), of_scores = operands(left_room<T>(kChunk, kChunk));
+      of_k = operands(left_room<T>(keys, kChunk)), of_v = operands(right_room<T>(kChunk, call.blocks.max_values));
+      of_S = operands(right_room<T>(keys, call.blocks.max_values)), of_scores = operands(left_room<T>(kChunk, kChunk));
     }
 
     HeadState state(const Forward& call, int64_t head) const {
@@ -88,38 +73,7 @@ struct Forward : Call<T> {
     if (segment > 0)
       run_segments();
     else
-      run_blocks();
-  }
-
-  // ---- whole runs
-
-  // Tokens of all units one after another are shared out; a unit belongs to whom its first token belongs.
-  void run_blocks() const {
-    const auto cost = [](const Run& run) { return run.end - run.begin + kSubChunk; };  // states are moved, too
-    int64_t total = 0;
-    for (int64_t r = 0; r < in.num_runs; ++r) total += cost(in.runs[r]) * units;
-    const int64_t work = (in.keys + kChunk) * max_values;
-    parallel_for(0, total, kGrain / at_least(1, work) + 1, [&](int64_t begin, int64_t end) {
-      const Workspace arrays(*this);
-      for (int64_t r = 0; r < in.num_runs; ++r) {
-        const int64_t each = cost(in.runs[r]);
-        const int64_t first = at_most(ceil_div(at_least(begin, 0), each), units);
-        const int64_t last = at_most(ceil_div(at_least(end, 0), each), units);
-        for_each_block(in.runs[r], first, last, [&](const Block& block) { scan_run(block, arrays); });
-        begin -= each * units, end -= each * units;
-      }
-    });
-  }
-  static constexpr int64_t kGrain = 1 << 18;  // products worth another thread
-
-  // Calls body(block) for units [begin, end) of (HV, parts), merged into blocks.
-  template <class Body>
-  void for_each_block(const Run& run, int64_t begin, int64_t end, const Body& body) const {
-    while (begin < end) {
-      const int64_t heads = at_most(end - begin, max_heads), value = begin % parts * part;
-      body(Block{&run, begin / parts, heads, value, at_most(part, in.size - value)});
-      begin += heads;
-    }
+      blocks.template for_all<Workspace>(*this, [&](const Block& block, const Arrays& a) { scan_run(block, a); });
   }
 
   void scan_run(const Block& block, const Arrays& a) const {
@@ -180,15 +134,15 @@ struct Forward : Call<T> {
     for (int64_t r = 0; r < in.num_runs; ++r, begin -= units, end -= units) {
       const int64_t segments = segments_of_run(in.runs[r], segment), first = at_least(begin, 0);
       int64_t unit = first;
-      for_each_block(in.runs[r], first, at_most(end, units),
-                     [&](const Block& block) { body(block, index + unit++ * segments, segments); });
+      blocks.for_each(in.runs[r], first, at_most(end, units),
+                      [&](const Block& block) { body(block, index + unit++ * segments, segments); });
       index += units * segments;
     }
   }
 
   Element element(int64_t index) const {
     A* const S = static_cast<A*>(p.workspace) + index * elements_of_segment(in);
-    A* const z = S + in.keys * part;
+    A* const z = S + in.keys * blocks.part;
     A* const decay = z + round_up(in.keys, kWidestVector);
     A* const m = decay + round_up(in.keys, kWidestVector);
     return {{S, z, m}, decay, m + 1};
@@ -307,7 +261,7 @@ struct Forward : Call<T> {
     const HeadState state = a.state(*this, h);
     this->load_gates(chunk, block.head + h, a.key_gates);
     if (outputs) {
-      this->scores_per_key(a.key_gates, count, a.q, a.k, a.packed, a.scores);
+      this->scores_per_key(a.key_gates, count, in.read_previous, {{a.q, a.scores}}, a.k, a.packed);
       read(block, chunk, h, pack_left(a.q, key_row, 1, count, keys, a.of_q), nullptr, a);
     } else {
       this->keys_to_end(a.key_gates, count, a.k);

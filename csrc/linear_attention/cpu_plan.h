@@ -5,47 +5,13 @@
 // of each other. Where units are fewer than threads, values are parted first, which changes no result, and then time is
 // cut into segments, if the call allows it: segments run side by side, and what enters each follows from those before.
 #pragma once
-#include "common/parallel.h"
+#include "common/chunk_plan.h"
 #include "linear_attention/params.h"
 
 namespace seqkern::linear_attention {
 namespace {  // kernels are compiled once per instruction set, which must share no code
 
-constexpr int64_t at_most(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-constexpr int64_t at_least(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
-
-constexpr int64_t kChunk = 64;            // tokens, counted from the start of each run in the order of time
-constexpr int64_t kSubChunk = 16;         // of a chunk, where decays are per key
-constexpr int64_t kStateBytes = 1 << 20;  // of the states that a thread works on: they stay in its second-level cache
-constexpr int64_t kPart = 64;             // values: parts are multiples
 constexpr int64_t kShortestSegment = 4 * 64;  // tokens
-
-constexpr int64_t longest_run(const Inputs& in) {
-  int64_t longest = 0;
-  for (int64_t r = 0; r < in.num_runs; ++r) longest = at_least(longest, in.runs[r].end - in.runs[r].begin);
-  return longest;
-}
-
-// Values of a part.
-inline int64_t values_of_part(const Inputs& in) {
-  const int64_t fitting = kStateBytes / at_least(1, in.keys * size_of(in.accumulator));
-  const int64_t wanted = num_threads() / at_least(1, in.num_runs * in.value_heads);
-  const int64_t values = at_most(at_most(fitting, in.size), ceil_div(in.size, at_least(1, wanted)));
-  return at_least(kPart, round_up(values, kPart));
-}
-inline int64_t parts_of_head(const Inputs& in) {
-  return at_least(1, ceil_div(in.size, values_of_part(in)));
-}
 
 // Tokens of a segment, whole chunks, where there are so many units of work; 0: time is not cut.
 inline int64_t segment_tokens(const Inputs& in, int64_t units) {
@@ -73,7 +39,6 @@ inline int64_t num_segments(const Inputs& in) {
 // Of each segment of each unit, where time is cut: first what its tokens leave of an empty state and how they decay any
 // other, then the state that enters it. S (K, values of a part), z (K), decay (K, or 1), m and sum of f, in rows
 // of whole vectors for every instruction set.
-constexpr int64_t kWidestVector = 16;
 inline int64_t elements_of_segment(const Inputs& in) {
   return in.keys * values_of_part(in) + 2 * round_up(in.keys, kWidestVector) + kWidestVector;
 }
@@ -85,36 +50,11 @@ inline int64_t cpu_fwd_workspace_bytes(const FwdParams& p) {
 
 // ---- backward
 
-constexpr int64_t kHeadsOfPart = 6;       // value heads of one key head that a thread takes through time at once
-constexpr int64_t kKeptBytes = 16 << 20;  // of states that a thread keeps from its walk forward for the one backward
-constexpr int64_t kLargeBytes = 4 << 20;  // beyond a second-level cache
-constexpr int64_t kNumbersOfThread = 1 << 14;
 constexpr int64_t kHeadNumbers = 3;  // sums over time of a value head: dA, dbias, ddecay
-
-constexpr int64_t heads_of_group(const Inputs& in) {
-  return in.value_heads / at_least(1, in.heads);
-}
-
-// The value heads of a key head are cut into parts, whose dq and dk are summed in order. More threads than needed make
-// more parts only where they may cut time as well.
-inline int64_t parts_of_group(const Inputs& in) {
-  const int64_t threads = in.split_time ? num_threads() / at_least(1, in.num_runs * in.heads) : 1;
-  return at_least(at_least(1, ceil_div(heads_of_group(in), kHeadsOfPart)), at_most(threads, heads_of_group(in)));
-}
-inline int64_t most_heads_of_part(const Inputs& in) {
-  return ceil_div(heads_of_group(in), parts_of_group(in));
-}
 
 // Time, as in the forward.
 inline int64_t bwd_segment_tokens(const Inputs& in) {
   return segment_tokens(in, in.num_runs * in.heads * parts_of_group(in));
-}
-
-// States before as many chunks as this are kept at once. Of a longer run only those before each such stretch are, and
-// the stretch is walked through once more.
-inline int64_t chunks_of_stretch(const Inputs& in) {
-  const int64_t bytes = most_heads_of_part(in) * in.keys * in.size * size_of(in.accumulator);
-  return at_least(8, kKeptBytes / at_least(1, bytes));
 }
 
 // The workspace, in accumulators.

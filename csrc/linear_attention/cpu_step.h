@@ -252,19 +252,6 @@ struct Step {
   static void store_elements(const A* from, const Rows& x, int64_t b, int64_t head, int64_t count) {
     store_strided(from, x, b * x.b + head * x.h, x.i, count);
   }
-
-  [[gnu::noinline]] static void load_strided(const Rows& x, int64_t offset, int64_t stride, int64_t count, A* to) {
-    visit_dtype(x.dtype, [&]<class T>() { convert(static_cast<const T*>(x.data) + offset, stride, count, to); });
-  }
-  [[gnu::noinline]] static void store_strided(const A* from, const Rows& x, int64_t offset, int64_t stride,
-                                              int64_t count) {
-    visit_dtype(x.dtype, [&]<class T>() { store_all(from, static_cast<T*>(x.data) + offset, stride, count); });
-  }
-  template <class T>
-  static void store_all(const A* from, T* to, int64_t stride, int64_t count) {
-    if (stride == 1) return convert(from, 1, count, to);
-    for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow<T>(from[i]);
-  }
 };
 
 }  // namespace

@@ -26,11 +26,11 @@ struct FwdTiles<double, kTokens, kKeys, kValues, true> : FwdMatrices<kTokens, kK
 namespace {
 
 template <DType kOperand, bool kPerKey, int kKeys>
-constexpr Tile kTile = [] {
-  for (const Tile& tile : kFwdTiles) {
+constexpr ChunkTile kTile = [] {
+  for (const ChunkTile& tile : kFwdTiles) {
     if (tile.operand == kOperand && tile.per_key == kPerKey && tile.keys == kKeys) return tile;
   }
-  return Tile{};
+  return ChunkTile{};
 }();
 
 // [gate] [state] [sum] [read] in the form of chunks, [norm] [out] [skip]. With `summarize` only what each segment but
@@ -104,14 +104,14 @@ __global__ void __launch_bounds__(kFwdThreads, kBlocks)
 }
 
 struct Instance {
-  Tile tile;
+  ChunkTile tile;
   void (*kernel)(FwdParams, FwdPlan, bool);
 };
 
 template <typename T, bool kPerKey, int kKeys>
 constexpr Instance instance() {
-  constexpr Tile tile = kTile<kDType<T>, kPerKey, kKeys>;
-  static_assert(fwd_smem_bytes(tile) <= kSmallestSharedBytes, "what tile.h promises");
+  constexpr ChunkTile tile = kTile<kDType<T>, kPerKey, kKeys>;
+  static_assert(fwd_smem_bytes(tile) <= kSmallestSharedBytes, "what chunk_tile.h promises");
   static_assert(sizeof(FwdShared<T, tile.tokens, kKeys, tile.values, kPerKey>) <= fwd_smem_bytes(tile));
   return {tile, walk<T, tile.tokens, kKeys, tile.values, kPerKey, tile.blocks_per_sm>};
 }

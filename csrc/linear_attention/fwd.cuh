@@ -99,7 +99,7 @@ struct FwdWalk {
     if (empty || !state.S) {
       S.clear();
     } else {
-      load_state<kFwdThreads>(S, by_way(), state.S, p, row, head, column);
+      load_state<kFwdThreads>(S, by_way(), state.S, state_shape(p), row, head, column);
     }
     for_each_key(
         [&](int k) { shared.z[k] = !empty && state.z && k < p.keys ? load<R>(state.z, of_head * p.keys + k) : R(0); });
@@ -116,7 +116,7 @@ struct FwdWalk {
       });
       if (state.m && threadIdx.x == 0) store(static_cast<R*>(state.m.data) + of_head, shared.m);
     }
-    if (state.S) store_state<kFwdThreads>(S, by_way(), state.S, p, row, head, column);
+    if (state.S) store_state<kFwdThreads>(S, by_way(), state.S, state_shape(p), row, head, column);
   }
 
   // The place of a chunk's tiles, for a state on its way.
@@ -167,7 +167,10 @@ struct FwdWalk {
     load_tokens<kFwdThreads>(shared.v, p.v, rows(p.v, chunk, work().head), chunk.count, column, p.size);
     commit_copies();
     if (threadIdx.x < kWarpSize) take_gates<T>(shared.gates, p, work().stretch.b, work().head, chunk, shared.m);
-    if constexpr (kPerKey) load_key_decays<kFwdThreads, T>(shared.decays, p, work().stretch.b, work().head, chunk);
+    if constexpr (kPerKey) {
+      const Rows from = rows(p.gates.decay, chunk, work().head);
+      load_key_decays<kFwdThreads, T>(shared.decays, p.gates.decay, from, chunk.count, 0, p.keys);
+    }
     wait_copies<0>();
     __syncthreads();
   }
@@ -184,7 +187,7 @@ struct FwdWalk {
     if constexpr (kPerKey) {
       P.for_each([](int i, int j, R& sum) { sum = i == j ? sum : R(0); });
       __syncthreads();
-      key_scores<kFwdThreads>(P, shared.q, shared.k, shared.decays, depth(), !p.read_previous, exact());
+      key_scores<kFwdThreads>(shared.k, shared.decays, depth(), !p.read_previous, exact(), KeyReader{P, shared.q});
     } else {
       const TokenGates<R, kTokens>& gates = shared.gates;
       P.for_each([&](int i, int j, R& sum) {

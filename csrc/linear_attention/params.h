@@ -14,18 +14,11 @@
 #include "common/dtype.h"
 #include "common/sequences.h"
 #include "common/stream.h"
+#include "common/tokens.h"
 
 namespace seqkern::linear_attention {
 
-// A (B, L, heads) or (B, L, heads, size) tensor; the last dimension of the second is contiguous. Strides are 0 where a
-// tensor is constant.
-struct Data {
-  void* data = nullptr;
-  DType dtype = DType::kFloat32;
-  int64_t b = 0, l = 0, h = 0;  // strides
-
-  constexpr explicit operator bool() const { return data != nullptr; }
-};
+using Data = TokenData;
 
 struct State {  // contiguous, of any dtypes
   Array S;      // (sequences.count, HV, K, V), or (sequences.count, HV, V, K) with value_major

@@ -1,12 +1,12 @@
 // One token, for inference. One launch; the state is updated in place.
 #include <string>
 
-#include "common/array.cuh"
 #include "common/grid.cuh"
 #include "common/launch.h"
 #include "common/math.cuh"
 #include "common/reduce.cuh"
 #include "common/sequences.cuh"
+#include "common/state_step.cuh"
 #include "linear_attention/params.h"
 #include "linear_attention/tile_step.h"
 
@@ -15,71 +15,6 @@ namespace {
 
 template <typename R>
 constexpr StepTile kTile = pick_step_tile(kDType<R>);
-
-using Rows = StepParams::Rows;
-
-// A part of a matrix from place `at` on; of its elements `rows` x `columns` exist, or none if one is negative.
-struct Matrix {
-  Array array;
-  int64_t at, row_stride, stride;
-  int rows, columns;
-};
-
-// f(elements, whether rows are whole aligned vectors)
-template <int kColumns, typename F>
-__device__ __forceinline__ void visit_block(const Matrix& m, F&& f) {
-  visit(m.array, [&]<typename T>(T* data) {
-    constexpr uintptr_t kAlign = alignof(Vector<T, kColumns>);
-    const uintptr_t bits = reinterpret_cast<uintptr_t>(data + m.at) | m.row_stride * sizeof(T);
-    f(data + m.at, m.stride == 1 && m.columns >= kColumns && bits % kAlign == 0);
-  });
-}
-
-// Elements that do not exist are zero.
-template <int kRows, int kColumns, typename R>
-__device__ __forceinline__ void load_block(R (&x)[kRows][kColumns], const Matrix& m) {
-  visit_block<kColumns>(m, [&]<typename T>(const T* data, bool vectors) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      Vector<T, kColumns> v{};
-      if (vectors && r < m.rows) {
-        v = load<kColumns>(data + r * m.row_stride);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          if (r < m.rows && c < m.columns) v[c] = load(data + r * m.row_stride + c * m.stride);
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) x[r][c] = to<R>(v[c]);
-    }
-  });
-}
-
-template <int kRows, int kColumns, typename R>
-__device__ __forceinline__ void store_block(const R (&x)[kRows][kColumns], const Matrix& m) {
-  visit_block<kColumns>(m, [&]<typename T>(T* data, bool vectors) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      Vector<T, kColumns> v;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) v[c] = to<T>(x[r][c]);
-      if (vectors && r < m.rows) {
-        store(data + r * m.row_stride, v);
-      } else {
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) {
-          if (r < m.rows && c < m.columns) store(data + r * m.row_stride + c * m.stride, v[c]);
-        }
-      }
-    }
-  });
-}
-
-template <typename R>
-__device__ __forceinline__ R number(const Rows& x, int64_t b, int64_t h, int64_t i = 0) {
-  return load<R>(Array{x.data, x.dtype}, b * x.b + h * x.h + i * x.i);
-}
 
 // What the token does to a head, without a decay per key [gate]
 template <typename R>
@@ -127,21 +62,8 @@ template <typename R>
 struct Shared {
   R read[kMaxKeys], write[kMaxKeys], decay[kMaxKeys];  // of each key: what it adds to n, to S, what is kept
   R token[kTile<R>.threads / kWarpSize], z[kTile<R>.threads / kWarpSize];  // sums of warps
-  R n[kTile<R>.threads * kStepValues];                                     // (parts, width), columns permuted
-
-  // Neighbouring threads reach different banks, whether they are neighbours in keys or in values.
-  __device__ __forceinline__ R& partial(int part, int value, int width) {
-    return n[part * width + (value ^ (part & (width - 1)))];
-  }
+  R n[kTile<R>.threads * kStepValues];                                     // (parts, width)
 };
-
-// Sums over the block of what warps left there, in order.
-template <typename R>
-__device__ __forceinline__ R sum_of_warps(const R* sums) {
-  R total = sums[0];
-  for (unsigned warp = 1; warp < blockDim.x / kWarpSize; ++warp) total += sums[warp];
-  return total;
-}
 
 // The keys of the token: n = sum of read S + token v, S = decay S + write v, and z likewise with 1 for v.
 template <typename R>
@@ -179,13 +101,13 @@ __device__ __forceinline__ void take_keys(const StepParams& p, Shared<R>& shared
 template <typename R, bool kValueMajor>
 __global__ void __launch_bounds__(kTile<R>.threads, kTile<R>.blocks_per_sm)
     step_kernel(const __grid_constant__ StepParams p, const __grid_constant__ StepPlan plan) {
-  constexpr int kVector = 16 / sizeof(R), kRows = kStepRows;
-  constexpr int kKeys = kValueMajor ? kVector : kRows, kValues = kValueMajor ? kRows : kVector;
+  using State = HeadState<R, kValueMajor>;
+  constexpr int kKeys = State::kKeys, kValues = State::kValues;
   auto& shared = shared_memory<Shared<R>>();
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const int parts = plan.parts, lanes = threads / parts;
+  const int parts = plan.cut.parts, lanes = threads / parts, width = plan.cut.width;
   const int part = kValueMajor ? thread % parts : thread / lanes, lane = kValueMajor ? thread / parts : thread % lanes;
-  const int width = lanes * kValues, first_key = part * kKeys;
+  const int first_key = part * kKeys;
   const int keys = static_cast<int>(p.keys), size = static_cast<int>(p.size);
   const auto [head, tile] = divide(blockIdx.x, plan.tiles);
   const auto [b, h] = divide(head, p.value_heads);
@@ -199,15 +121,10 @@ __global__ void __launch_bounds__(kTile<R>.threads, kTile<R>.blocks_per_sm)
     return;
   }
 
-  const StepParams::StateRows& S = p.S;
-  const int64_t of_S = row * S.rows.b + h * S.rows.h;
-  const auto matrix = [&](int k, int v) -> Matrix {
-    const int64_t at = of_S + k * S.rows.i + v * S.v;
-    if (kValueMajor) return {{S.rows.data, S.rows.dtype}, at, S.v, S.rows.i, size - v, keys - k};
-    return {{S.rows.data, S.rows.dtype}, at, S.rows.i, S.v, keys - k, size - v};
-  };
-  R s[kRows][kVector];
-  load_block(s, matrix(first_key, first + lane * kValues));  // on its way while the gates are computed
+  const StepParams::Rows& rows = p.S.rows;
+  const State S{{rows.data, rows.dtype}, row * rows.b + h * rows.h, rows.i, p.S.v, keys, size};
+  typename State::Block s;
+  S.load_block(s, first_key, first + lane * kValues);  // on its way while the gates are computed
 
   const Gate<R> gate = gate_of<R>(p, b, row, h);
   take_keys(p, shared, gate, b, row, h);
@@ -220,30 +137,30 @@ __global__ void __launch_bounds__(kTile<R>.threads, kTile<R>.blocks_per_sm)
 #pragma unroll
     for (int j = 0; j < kValues; ++j) values[j] = v + j < size ? number<R>(p.v, b, h, v + j) : R(0);
     for (int k = first_key; k - first_key < keys; k += parts * kKeys) {
-      if (begin != first || k != first_key) load_block(s, matrix(k, v));
+      if (begin != first || k != first_key) S.load_block(s, k, v);
 #pragma unroll
       for (int i = 0; i < kKeys; ++i) {
         if (k + i >= keys) continue;
         const R read = shared.read[k + i], write = shared.write[k + i], decay = shared.decay[k + i];
 #pragma unroll
         for (int j = 0; j < kValues; ++j) {
-          R& element = kValueMajor ? s[j][i] : s[i][j];
+          R& element = State::element(s, i, j);
           const R before = gate.empty ? R(0) : element;
           n[j] = fma(read, before, n[j]);
           element = fma(decay, before, write * values[j]);
         }
       }
-      store_block(s, matrix(k, v));
+      S.store_block(s, k, v);
     }
 
 #pragma unroll
-    for (int j = 0; j < kValues; ++j) shared.partial(part, lane * kValues + j, width) = n[j];
+    for (int j = 0; j < kValues; ++j) shared.n[place_of_partial(part, lane * kValues + j, width)] = n[j];
     __syncthreads();
     for (int j = thread; j < width && begin + j < size; j += threads) {
       const int i = begin + j;
       const R value = number<R>(p.v, b, h, i), token = sum_of_warps(shared.token);
       R o = token * value;
-      for (int other = 0; other < parts; ++other) o += shared.partial(other, j, width);
+      for (int other = 0; other < parts; ++other) o += shared.n[place_of_partial(other, j, width)];
       if (p.normalizer != Normalizer::kSum) o *= static_cast<R>(p.scale);
       if (p.normalizer != Normalizer::kNone) o /= denominator(p, sum_of_warps(shared.z) + token, gate.m);
       if (p.skip) o = fma(load<R>(p.skip, h * p.skip_h + i * p.skip_v), value, o);
@@ -277,11 +194,11 @@ void step(const StepParams& p, Stream stream) {
   }
   const StepPlan plan = plan_step(p);
   const Instance& instance = find_instance(kInstances, "linear_attention_step", [&](const Instance& i) {
-    return i.accumulator == p.accumulator && i.value_major == plan.value_major;
+    return i.accumulator == p.accumulator && i.value_major == plan.cut.value_major;
   });
   launch({.name = "linear_attention_step",
           .grid = {plan.blocks},
-          .threads = plan.threads,
+          .threads = plan.cut.threads,
           .smem_bytes = plan.smem_bytes,
           .stream = stream},
          instance.kernel, p, plan);

@@ -1,31 +1,15 @@
 // Pure functions of shape: how the work is cut on a GPU and what it needs. Callable without a GPU; the launches use the
 // same plans that are printed. The forward; tile_bwd.h and tile_step.h have the others.
 #pragma once
+#include "common/chunk_tile.h"
 #include "linear_attention/params.h"
 
 namespace seqkern::linear_attention::cuda {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 constexpr int kFwdThreads = 256;
 constexpr int kMaxKeys = 256;
 
-// What a block holds: a chunk's tokens, all keys, and `values` of a head's values. Their state is in registers.
-struct Tile {
-  DType operand;  // of the products
-  bool per_key;   // decays
-  int tokens, keys, values;
-  int blocks_per_sm;
-
-  constexpr bool operator==(const Tile&) const = default;
-};
-
-// Of the devices that there are (sm_120): every tile fits.
-constexpr int64_t kSmallestSharedBytes = 99 << 10;
-
-constexpr Tile kFwdTiles[] = {
+constexpr ChunkTile kFwdTiles[] = {
     {DType::kBFloat16, false, 64, 64, 64, 2},  {DType::kBFloat16, false, 64, 128, 64, 2},
     {DType::kBFloat16, false, 32, 256, 64, 1}, {DType::kBFloat16, true, 32, 128, 64, 2},
     {DType::kBFloat16, true, 32, 256, 32, 1},  {DType::kFloat32, false, 32, 128, 64, 1},
@@ -35,14 +19,9 @@ constexpr Tile kFwdTiles[] = {
 };
 constexpr int kFwdKernels = 11;
 
-// The numbers of fp16 data are exact in products of fp32, where sums of them cannot overflow.
-constexpr DType operand_of(DType data) {
-  return data == DType::kFloat16 ? DType::kFloat32 : data;
-}
-
 // The first that holds all keys.
-constexpr Tile pick_fwd_tile(const Inputs& in) {
-  for (const Tile& tile : kFwdTiles) {
+constexpr ChunkTile pick_fwd_tile(const Inputs& in) {
+  for (const ChunkTile& tile : kFwdTiles) {
     const bool fits = tile.operand == operand_of(in.q.dtype) && tile.per_key == (in.gates.form == Form::kKey);
     if (fits && tile.keys >= in.keys) return tile;
   }
@@ -50,9 +29,6 @@ constexpr Tile pick_fwd_tile(const Inputs& in) {
 }
 
 // Compulsory global memory traffic: every tensor once.
-constexpr int64_t data_bytes(const Inputs& in, const Data& x, int64_t heads, int64_t size) {
-  return x ? in.sequences.batch * in.sequences.length * heads * size * size_of(x.dtype) : 0;
-}
 constexpr int64_t state_bytes(const Inputs& in, const State& state) {
   const int64_t heads = in.sequences.count * in.value_heads;
   const auto bytes = [](const Array& x, int64_t count) { return x ? count * size_of(x.dtype) : 0; };
@@ -61,50 +37,31 @@ constexpr int64_t state_bytes(const Inputs& in, const State& state) {
 constexpr int64_t input_bytes(const Inputs& in) {
   const Sequences& s = in.sequences;
   const bool constant = in.gates.decay.b == 0 && in.gates.decay.l == 0;
-  return data_bytes(in, in.q, in.heads, in.keys) + data_bytes(in, in.k, in.heads, in.keys) +
-         data_bytes(in, in.v, in.value_heads, in.size) + data_bytes(in, in.gate, in.value_heads, in.size) +
-         (constant ? 0 : data_bytes(in, in.gates.decay, in.value_heads, in.gates.form == Form::kKey ? in.keys : 1)) +
-         data_bytes(in, in.gates.input, in.value_heads, 1) + state_bytes(in, in.initial_state) +
-         (s.cu_seqlens ? (s.count + 1) * (s.cu_seqlens_is_int64 ? 8 : 4)
-          : s.seq_idx  ? s.batch * s.length * 4
-                       : 0);
+  return token_bytes(s, in.q, in.heads, in.keys) + token_bytes(s, in.k, in.heads, in.keys) +
+         token_bytes(s, in.v, in.value_heads, in.size) + token_bytes(s, in.gate, in.value_heads, in.size) +
+         (constant ? 0 : token_bytes(s, in.gates.decay, in.value_heads, in.gates.form == Form::kKey ? in.keys : 1)) +
+         token_bytes(s, in.gates.input, in.value_heads, 1) + state_bytes(in, in.initial_state) + sequences_bytes(s);
 }
 constexpr int64_t fwd_bytes(const FwdParams& p) {
   const int64_t kept = (p.denominators ? 1 : 0) + (p.maxima ? 1 : 0);
-  return input_bytes(p) + data_bytes(p, p.y, p.value_heads, p.size) + data_bytes(p, p.o, p.value_heads, p.size) +
+  return input_bytes(p) + token_bytes(p.sequences, p.y, p.value_heads, p.size) +
+         token_bytes(p.sequences, p.o, p.value_heads, p.size) +
          kept * p.sequences.batch * p.sequences.length * p.value_heads * size_of(p.accumulator) +
          state_bytes(p, p.final_state);
 }
 
-// Segments of each row that run side by side, each of at least kSegmentChunks chunks: as many as a GPU (H200) has room
-// for at once, beside blocks of rows, heads and values. The tokens are then read twice.
-constexpr int64_t kMultiprocessors = 132, kMostSegments = 32, kSegmentChunks = 4;
-
-constexpr int64_t choose_segments(const Inputs& in, const Tile& tile, int64_t rows, int64_t blocks) {
-  if (!in.split_time || in.sequences.seq_idx || blocks == 0 || tile.tokens == 0) return 1;
-  const int64_t length = in.sequences.cu_seqlens ? in.sequences.length / rows : in.sequences.length;
-  const int64_t most = length / (kSegmentChunks * tile.tokens);
-  int64_t segments = kMultiprocessors * tile.blocks_per_sm / blocks;
-  if (segments > most) segments = most;
-  return segments > kMostSegments ? kMostSegments : segments > 1 ? segments : 1;
-}
-
 // Accumulators of a segment's element: S, z, decays, and three more.
-constexpr int64_t element_numbers(const Tile& tile) {
+constexpr int64_t element_numbers(const ChunkTile& tile) {
   return tile.keys * (tile.values + 2) + 4;
 }
 
-constexpr int64_t matrix_bytes(int64_t rows, int64_t columns, int64_t size) {
-  return rows * (columns * size + 16);
-}
-
 // What a block has in the workspace for want of shared memory: fp64 decays per key.
-constexpr int64_t fwd_room_bytes(const Tile& tile) {
+constexpr int64_t fwd_room_bytes(const ChunkTile& tile) {
   return tile.per_key && tile.operand == DType::kFloat64 ? matrix_bytes(tile.tokens, tile.keys, 8) : 0;
 }
 
 // Shared memory of a block (FwdShared).
-constexpr int64_t fwd_smem_bytes(const Tile& tile) {
+constexpr int64_t fwd_smem_bytes(const ChunkTile& tile) {
   const int64_t T = size_of(tile.operand), R = size_of(accumulator(tile.operand));
   return 2 * matrix_bytes(tile.tokens, tile.keys, T) + matrix_bytes(tile.tokens, tile.values, T) +
          matrix_bytes(tile.tokens, tile.tokens, T) + matrix_bytes(tile.keys, tile.values, T) +
@@ -113,7 +70,7 @@ constexpr int64_t fwd_smem_bytes(const Tile& tile) {
 }
 
 struct FwdPlan {
-  Tile tile;
+  ChunkTile tile;
   int64_t rows;   // sequences of cu_seqlens, or batch rows
   int64_t tiles;  // of a head's values
   int64_t segments;
@@ -126,7 +83,7 @@ struct FwdPlan {
 // Tests name a number of segments of their own.
 constexpr FwdPlan plan_fwd(const FwdParams& p, int64_t segments) {
   FwdPlan plan{.tile = pick_fwd_tile(p),
-               .rows = p.sequences.cu_seqlens ? p.sequences.count : p.sequences.batch,
+               .rows = row_count(p.sequences),
                .tiles = 1,
                .segments = segments,
                .blocks = 0,
@@ -138,9 +95,9 @@ constexpr FwdPlan plan_fwd(const FwdParams& p, int64_t segments) {
   if (plan.tile.keys > 0 && p.size > 0) plan.tiles = ceil_div(p.size, plan.tile.values);
   plan.blocks = plan.rows * p.value_heads * plan.tiles;
   plan.smem_bytes = fwd_smem_bytes(plan.tile);
-  if (segments == 0) plan.segments = choose_segments(p, plan.tile, plan.rows, plan.blocks);
+  if (segments == 0) plan.segments = choose_segments(p.sequences, p.split_time, plan.tile, plan.blocks);
   const int64_t elements = (plan.segments - 1) * plan.blocks * element_numbers(plan.tile);
-  plan.rooms = ceil_div(elements * size_of(p.accumulator), 16) * 16;
+  plan.rooms = round_up(elements * size_of(p.accumulator), 16);
   plan.workspace_bytes = plan.rooms + plan.segments * plan.blocks * fwd_room_bytes(plan.tile);
   plan.launches = plan.segments > 1 ? 2 : 1;
   return plan;

@@ -9,7 +9,7 @@ constexpr int kBwdReduceThreads = 256;
 
 // The gradient of the state is in registers. Each tile is listed behind those with fewer keys. Where the shared memory
 // of the smallest devices is too little, a part of each block's is in the workspace.
-constexpr Tile kBwdTiles[] = {
+constexpr ChunkTile kBwdTiles[] = {
     {DType::kBFloat16, false, 64, 64, 64, 1},   {DType::kBFloat16, false, 64, 128, 64, 1},
     {DType::kBFloat16, false, 32, 128, 128, 1}, {DType::kBFloat16, false, 32, 256, 64, 1},
     {DType::kFloat32, false, 32, 128, 64, 1},   {DType::kFloat32, false, 16, 256, 32, 1},
@@ -21,9 +21,9 @@ constexpr int kBwdKernels = 12;
 constexpr int kBwdReduceKernels = 2;
 
 // Of those with the fewest keys that hold all, the first that holds all values, or the one with most.
-constexpr Tile pick_bwd_tile(const Inputs& in) {
-  Tile found{};
-  for (const Tile& tile : kBwdTiles) {
+constexpr ChunkTile pick_bwd_tile(const Inputs& in) {
+  ChunkTile found{};
+  for (const ChunkTile& tile : kBwdTiles) {
     const bool fits = tile.operand == operand_of(in.q.dtype) && tile.per_key == (in.gates.form == Form::kKey);
     if (!fits || tile.keys < in.keys) continue;
     if (found.keys == 0 || (tile.keys == found.keys && found.values < in.size)) found = tile;
@@ -50,7 +50,7 @@ struct BwdWorkspace {
 };
 
 struct BwdPlan {
-  Tile tile;
+  ChunkTile tile;
   int64_t rows;      // sequences of cu_seqlens, or batch rows
   int64_t tiles;     // of a head's values
   int64_t segments;  // of a row
@@ -62,7 +62,7 @@ struct BwdPlan {
 };
 
 // Accumulators of a segment's element: S, dS, z, dz, decays, and two more.
-constexpr int64_t bwd_element_numbers(const Tile& tile) {
+constexpr int64_t bwd_element_numbers(const ChunkTile& tile) {
   return tile.keys * (2 * tile.values + 3) + 2;
 }
 
@@ -71,19 +71,19 @@ constexpr bool is_constant(const BwdParams& p) {
 }
 
 // Of decays per key, what KeyShared has besides a WalkShared.
-constexpr int64_t key_bytes(const Tile& tile) {
+constexpr int64_t key_bytes(const ChunkTile& tile) {
   const int64_t C = tile.tokens, K = tile.keys, R = size_of(accumulator(tile.operand));
   return 4 * matrix_bytes(C, K, R) + (C * C * (1 + K / 32) + (tile.values >= 16 ? 3 : 2) * K) * R;
 }
 // What a block has in the workspace for want of shared memory (KeyRoom, TokenRoom).
-constexpr int64_t bwd_room_bytes(const Tile& tile) {
+constexpr int64_t bwd_room_bytes(const ChunkTile& tile) {
   const int64_t C = tile.tokens, R = size_of(accumulator(tile.operand));
   if (tile.per_key) return tile.keys == kMaxKeys ? key_bytes(tile) : 0;
   return tile.operand == DType::kFloat64 ? matrix_bytes(C, C, R) + 16 * C * R : 0;
 }
 
 // Shared memory of a block (TokenShared, KeyShared), rounded up.
-constexpr int64_t bwd_smem_bytes(const Tile& tile) {
+constexpr int64_t bwd_smem_bytes(const ChunkTile& tile) {
   const int64_t T = size_of(tile.operand), R = size_of(accumulator(tile.operand));
   const int64_t C = tile.tokens, K = tile.keys, V = tile.values;
   const int64_t operands =
@@ -98,7 +98,7 @@ constexpr BwdWorkspace bwd_workspace(const BwdParams& p, const BwdPlan& plan) {
   BwdWorkspace w;
   const auto take = [&](int64_t& offset, bool wanted, int64_t elements, DType dtype) {
     if (!wanted) return;
-    offset = w.bytes, w.bytes += ceil_div(elements * size_of(dtype), 16) * 16;
+    offset = w.bytes, w.bytes += round_up(elements * size_of(dtype), 16);
   };
   const DType R = p.accumulator;
   const int64_t HV = p.value_heads, K = p.keys, tokens = p.sequences.batch * p.sequences.length * HV;
@@ -128,7 +128,7 @@ constexpr BwdWorkspace bwd_workspace(const BwdParams& p, const BwdPlan& plan) {
 // Tests name a number of segments of their own.
 constexpr BwdPlan plan_bwd(const BwdParams& p, int64_t segments) {
   BwdPlan plan{.tile = pick_bwd_tile(p),
-               .rows = p.sequences.cu_seqlens ? p.sequences.count : p.sequences.batch,
+               .rows = row_count(p.sequences),
                .tiles = 1,
                .segments = segments,
                .slots = 0,
@@ -141,7 +141,7 @@ constexpr BwdPlan plan_bwd(const BwdParams& p, int64_t segments) {
   if (p.size > 0) plan.tiles = ceil_div(p.size, plan.tile.values);
   plan.share_keys = plan.share_keys || plan.tiles > 1 || p.keys % 2 == 1;
   const int64_t walks = plan.rows * p.value_heads * plan.tiles;
-  if (segments == 0) plan.segments = choose_segments(p, plan.tile, plan.rows, walks);
+  if (segments == 0) plan.segments = choose_segments(p.sequences, p.split_time, plan.tile, walks);
   plan.smem_bytes = bwd_smem_bytes(plan.tile);
   plan.slots = ceil_div(p.sequences.length, plan.tile.tokens);
   plan.blocks = walks * plan.segments;
@@ -161,12 +161,14 @@ constexpr int64_t bwd_workspace_bytes(const BwdParams& p) {
 constexpr int64_t bwd_bytes(const BwdParams& p) {
   const bool constant = is_constant(p);
   const int64_t numbers = p.sequences.batch * p.sequences.length * p.value_heads * size_of(p.accumulator);
-  return input_bytes(p) + data_bytes(p, p.dy, p.value_heads, p.size) + data_bytes(p, p.o, p.value_heads, p.size) +
-         ((p.denominators ? 1 : 0) + (p.maxima ? 1 : 0)) * numbers + data_bytes(p, p.dq, p.heads, p.keys) +
-         data_bytes(p, p.dk, p.heads, p.keys) + data_bytes(p, p.dv, p.value_heads, p.size) +
-         data_bytes(p, p.dgate, p.value_heads, p.size) +
-         (constant ? 0 : data_bytes(p, p.ddecay, p.value_heads, p.gates.form == Form::kKey ? p.keys : 1)) +
-         data_bytes(p, p.dinput, p.value_heads, 1) + state_bytes(p, p.dfinal_state) + state_bytes(p, p.dinitial_state);
+  return input_bytes(p) + token_bytes(p.sequences, p.dy, p.value_heads, p.size) +
+         token_bytes(p.sequences, p.o, p.value_heads, p.size) +
+         ((p.denominators ? 1 : 0) + (p.maxima ? 1 : 0)) * numbers + token_bytes(p.sequences, p.dq, p.heads, p.keys) +
+         token_bytes(p.sequences, p.dk, p.heads, p.keys) + token_bytes(p.sequences, p.dv, p.value_heads, p.size) +
+         token_bytes(p.sequences, p.dgate, p.value_heads, p.size) +
+         (constant ? 0 : token_bytes(p.sequences, p.ddecay, p.value_heads, p.gates.form == Form::kKey ? p.keys : 1)) +
+         token_bytes(p.sequences, p.dinput, p.value_heads, 1) + state_bytes(p, p.dfinal_state) +
+         state_bytes(p, p.dinitial_state);
 }
 
 // The launches, on a plan that need not be the one that would be chosen.

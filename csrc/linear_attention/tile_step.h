@@ -1,14 +1,11 @@
 // How a step is cut on a GPU and what it needs.
 #pragma once
+#include "common/state_step.h"
 #include "linear_attention/tile.h"
 
 namespace seqkern::linear_attention::cuda {
 
-// The state of a head is a matrix of keys and values, one of which is contiguous. A thread takes 16 bytes of
-// accumulators of that one and kStepRows of the other at a time; `parts` threads share the keys of a value.
-constexpr int kStepRows = 4;
 constexpr int kStepValues = 4;     // of a thread, at most
-constexpr int kStepParts = 32;     // at most
 constexpr int kStepThreads = 256;  // of a block, where blocks share a head
 
 struct StepTile {
@@ -19,9 +16,7 @@ constexpr StepTile pick_step_tile(DType accumulator) {
 }
 
 struct StepPlan {
-  bool value_major;  // keys are the contiguous ones
-  int threads;       // of a block
-  int parts;
+  StateCut cut;
   int tiles;  // blocks of a head
   int blocks_per_sm;
   int64_t blocks, smem_bytes;
@@ -29,22 +24,12 @@ struct StepPlan {
 
 // A normalizer's z and m belong to a block: there it has all values of the head, else the grid cuts them.
 constexpr StepPlan plan_step(const StepParams& p) {
-  const auto power_of_two = [](int64_t n, int at_most) {
-    int result = 1;
-    while (result < n && result < at_most) result *= 2;
-    return result;
-  };
   const bool whole_head = p.normalizer != Normalizer::kNone;
-  const int vector = static_cast<int>(16 / size_of(p.accumulator));
   const int most_threads = pick_step_tile(p.accumulator).threads;
   StepPlan plan{};
-  plan.value_major = p.S.rows.i < p.S.v;
-  const int keys = plan.value_major ? vector : kStepRows, values = plan.value_major ? kStepRows : vector;
-  plan.parts = power_of_two(ceil_div(p.keys, keys), kStepParts);
-  const int lanes = power_of_two(ceil_div(p.size, values), (whole_head ? most_threads : kStepThreads) / plan.parts);
-  plan.threads = plan.parts * lanes < 32 ? 32 : plan.parts * lanes;
-  plan.blocks_per_sm = most_threads / plan.threads;
-  plan.tiles = whole_head ? 1 : static_cast<int>(ceil_div(p.size, plan.threads / plan.parts * values));
+  plan.cut = cut_state(p.keys, p.size, p.S.rows.i < p.S.v, p.accumulator, whole_head ? most_threads : kStepThreads);
+  plan.blocks_per_sm = most_threads / plan.cut.threads;
+  plan.tiles = whole_head ? 1 : static_cast<int>(ceil_div(p.size, plan.cut.width));
   plan.blocks = p.batch * p.value_heads * plan.tiles;
   plan.smem_bytes = (3 * kMaxKeys + 2 * most_threads / 32 + most_threads * kStepValues) * size_of(p.accumulator);
   return plan;

@@ -1,5 +1,6 @@
 // One token. Internal to cpu.cpp.
 #pragma once
+#include "common/rows.h"
 #include "common/state_row.h"
 #include "softmax_scan/cpu_call.h"
 
@@ -97,17 +98,6 @@ struct Step {
   }
   void store_values(const A* from, const Rows& x, int64_t b, int64_t head) const {
     store_strided(from, x, b * x.b + head * x.h, x.v, p.size);
-  }
-
-  static void load_strided(const Rows& x, int64_t offset, int64_t stride, int64_t count, A* to) {
-    visit_dtype(x.dtype, [&]<class T>() { convert(static_cast<const T*>(x.data) + offset, stride, count, to); });
-  }
-  static void store_strided(const A* from, const Rows& x, int64_t offset, int64_t stride, int64_t count) {
-    visit_dtype(x.dtype, [&]<class T>() {
-      T* const to = static_cast<T*>(x.data) + offset;
-      if (stride == 1) return convert(from, 1, count, to);
-      for (int64_t i = 0; i < count; ++i) to[i * stride] = narrow<T>(from[i]);
-    });
   }
 };
 

@@ -29,6 +29,11 @@ inline double epsilon(DType dtype) {
                                     : 0x1p-53;
 }
 
+// What is lost of numbers that are too small for the type.
+inline double smallest(DType dtype) {
+  return dtype == DType::kFloat16 ? 0x1p-24 : dtype == DType::kFloat64 ? 0 : 0x1p-126;
+}
+
 // Memory of exactly this many elements, filled with NaN: address checks see one element too far, results one too few.
 struct Buffer {
   std::unique_ptr<unsigned char[]> bytes;
@@ -87,7 +92,7 @@ inline double difference(const Buffer& got, const Wanted& want, DType accumulato
   for (int64_t i = 0; i < got.size; ++i) {
     if (std::isnan(want[i]) || got[i] == want[i]) continue;
     const double allowed = 1.5 * epsilon(got.array.dtype) * std::abs(want[i]) + terms * epsilon(accumulator) * scale +
-                           (got.array.dtype == DType::kFloat16 ? 0x1p-24 : 0);
+                           smallest(got.array.dtype);
     const double difference = std::abs(got[i] - want[i]) / allowed;
     if (!(difference <= worst)) worst = std::isnan(difference) ? INFINITY : difference;
   }

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._config import settings
 from .._load import library
+from .._recurrence import given, num_states, spread, tangents_of
 from .._torch import accumulator, check_devices, needs_graph, requires_grad, vmap_over_channels
 from ._linear_attention_plain import (
     DELTA,
@@ -25,7 +26,6 @@ from ._linear_attention_plain import (
     UNNORMALIZED,
     Call,
     Options,
-    num_states,
 )
 
 NUM_TENSORS = len(NAMES)
@@ -102,12 +102,12 @@ class _Attention(torch.autograd.Function):
             grads = _AttentionBackward.apply(*args)
         else:
             grads = library.ops.linear_attention_bwd(*args)
-        return *_spread(grads, args[NUM_GRADIENTS:]), *[None] * (4 + NUM_OPTIONS)
+        return *spread(NAMES, grads, args[NUM_GRADIENTS:]), *[None] * (4 + NUM_OPTIONS)
 
     @staticmethod
     def jvp(ctx, *tangents):
         tensors = ctx.saved_tensors[3:]
-        yt, final = _call(tensors, ctx.options).jvp(_tangents(tensors, tangents))
+        yt, final = _call(tensors, ctx.options).jvp(tangents_of(NAMES, tensors, tangents))
         derivatives = (yt.to(tensors[2].dtype), *final.values())[: ctx.num_differentiable]
         return *derivatives, *[None] * (ctx.num_outputs - len(derivatives))
 
@@ -142,7 +142,7 @@ class _AttentionBackward(torch.autograd.Function):
         the gradient of the directional derivative of phi along v."""
         tensors = ctx.saved_tensors[NUM_GRADIENTS:]
         dy, dS, *_ = ctx.saved_tensors
-        g_dy, g_dfinal, grads = _second_order(ctx, _spread(cotangents, tensors))
+        g_dy, g_dfinal, grads = _second_order(ctx, spread(NAMES, cotangents, tensors))
         g_dfinal = [g_dfinal.get(name) if dS is not None else None for name in STATE]
         nothing = [None] * (2 + len(ctx.constants))
         return g_dy.to(dy.dtype), *g_dfinal, None, None, None, *(grads.get(name) for name in NAMES), *nothing
@@ -219,29 +219,14 @@ def state_shapes(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Optio
 
 
 def _call(tensors, options: Options) -> Call:
-    given = {name: t for name, t in zip(NAMES, tensors, strict=False) if t is not None}
-    return Call(given, tensors[NUM_TENSORS:NUM_PACKED], options)
-
-
-def _tangents(tensors, tangents):
-    """By name, of the tensors that are given, zeros where there is none."""
-    everything = zip(NAMES, tensors, tangents, strict=False)
-    return {
-        name: torch.zeros_like(t) if tangent is None else tangent for name, t, tangent in everything if t is not None
-    }
+    return Call(given(NAMES, tensors), tensors[NUM_TENSORS:NUM_PACKED], options)
 
 
 def _second_order(ctx, tangents):
     dy, *dfinal = ctx.saved_tensors[:4]
     tensors = ctx.saved_tensors[NUM_GRADIENTS:]
     parts = None if dfinal[0] is None else dict(zip(ctx.options.parts, dfinal, strict=False))
-    return _call(tensors, ctx.options).second_order(_tangents(tensors, tangents), dy, parts)
-
-
-def _spread(grads, tensors):
-    """Gradients of the tensors in NAMES from those of the ones that are given; None for the others."""
-    rest = iter(grads)
-    return [None if t is None else next(rest) for t in tensors[:NUM_TENSORS]]
+    return _call(tensors, ctx.options).second_order(tangents_of(NAMES, tensors, tangents), dy, parts)
 
 
 def _head_axes(names, in_dims, args):
@@ -308,7 +293,8 @@ def register(namespace: str) -> None:
         if not ctx.was_kept:
             raise RuntimeError("linear_attention_fwd: a gradient needs keep=True")
         args = _backward_arguments(ctx, *grads[: ctx.num_differentiable])
-        return *_spread(ops.linear_attention_bwd(*args), args[NUM_GRADIENTS:]), *[None] * (5 + NUM_OPTIONS)
+        grads = ops.linear_attention_bwd(*args)
+        return *spread(NAMES, grads, args[NUM_GRADIENTS:]), *[None] * (5 + NUM_OPTIONS)
 
     torch.library.register_fake(f"{namespace}::linear_attention_fwd", fwd)
     torch.library.register_fake(f"{namespace}::linear_attention_bwd", bwd)

@@ -1,32 +1,24 @@
 """linear_attention in plain torch: the references, and the derivatives that no kernel computes.
 
-The letters are those of linear_attention.py; R is the number of batch rows of a span, T the tokens of a chunk, and S
-may also be the number of rows of a state.
+The letters are those of linear_attention.py; R is the number of batch rows of a span, T the tokens of a chunk.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 from torch.nn.functional import logsigmoid, silu, softplus
-from torch.utils._pytree import tree_map
 
-from .._sequences import Span, spans
+from .._recurrence import Recurrence, Tensors, given, per_value_head, widest
 from .._torch import accumulator
 
 NAMES = ("q", "k", "v", "decay", "input", "A", "bias", "bonus", "skip", "gate", "S", "z", "m")
 STATE = {"S": 0.0, "z": 0.0, "m": -math.inf}  # the parts of a state, and what is in an empty one
 NONE, TOKEN, KEY, DELTA, EXP = range(5)  # forms of the gates (csrc/linear_attention/params.h)
 UNNORMALIZED, SUM, MAX = range(3)  # normalizers
-CHUNK = 32  # tokens whose intermediate values are in memory at once
-
-Tensors = dict[str, Tensor]  # by their names in NAMES, without those that are None
 
 
 class Options(NamedTuple):
@@ -49,16 +41,8 @@ class Options(NamedTuple):
         return ("S", "z", "m")[: 1 + self.normalizer]
 
 
-def default_scale(q: Tensor) -> float:
-    return max(q.shape[-1], 1) ** -0.5
-
-
-def num_states(v: Tensor, cu_seqlens: Tensor | None) -> int:
-    return v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-
-
-class Call:
-    """A call in plain torch, in one dtype, with time running forwards and states as (S, HV, K, V).
+class Call(Recurrence):
+    """A call in plain torch, with states as (S, HV, K, V).
 
     Args:
         tensors: by their names in NAMES, those that are given.
@@ -75,68 +59,26 @@ class Call:
         dtype: torch.dtype | None = None,
         dtype_of_m: torch.dtype | None = None,
     ):
-        q, v = tensors["q"], tensors["v"]
-        self.batch, self.length, self.heads, self.keys = q.shape
-        self.value_heads, self.size = v.shape[2:]
-        self.dtype = dtype or accumulator(v.dtype)
-        self.dtype_of_m = dtype_of_m or self.dtype
-        self.options, self.given = options, tensors
+        self.keys, self.size = tensors["q"].shape[3], tensors["v"].shape[3]
+        self.options = options
         tokens = {"q", "k", "v", "decay", "input", "gate"}
-        self.tokens = {name for name in tokens & tensors.keys() if tensors[name].dim() > 1}
-        self.inputs = self.convert(tensors)
-        cu_seqlens, seq_idx = packing
-        self.num_states = num_states(v, cu_seqlens)
-        self.spans = [self._in_time(s) for s in spans(self.batch, self.length, cu_seqlens, seq_idx, options.reverse)]
+        tokens = {name for name in tokens & tensors.keys() if tensors[name].dim() > 1}
+        parts = {name: STATE[name] for name in options.parts}
+        super().__init__(tensors, tokens, parts, packing, options.reverse, dtype)
+        self.dtype_of_m = dtype_of_m or self.dtype
 
-    def _in_time(self, span: Span) -> Span:
-        if not self.options.reverse:
-            return span
-        return span._replace(begin=self.length - span.end, end=self.length - span.begin)
-
-    def convert(self, tensors: Tensors) -> Tensors:
-        """Arguments, or their tangents, as this call computes with them."""
-        return {name: self._turned(name, tensor.to(self.dtype)) for name, tensor in tensors.items()}
-
-    def restore(self, gradients: Tensors) -> Tensors:
-        """Their gradients, as those of the arguments that were given: the opposite of `convert`."""
-        given = self.given
-        return {name: self._turned(name, gradients[name]).to(given[name].dtype) for name in given if name in gradients}
-
-    def _turned(self, name: str, tensor: Tensor) -> Tensor:
+    def turned(self, name: str, tensor: Tensor) -> Tensor:
         if name == "S":
             return tensor.mT if self.options.value_major else tensor
-        return tensor.flip(1) if self.options.reverse and name in self.tokens else tensor
+        return super().turned(name, tensor)
 
-    def before(self, span: Span, tensors: Tensors) -> Tensors:
-        """The state, or its tangent, before the first token of a span."""
-        given = {name: tensors[name] for name in self.options.parts if name in tensors}
-        if span.initial is not None and given:
-            return {name: part[span.initial] for name, part in given.items()}
-        empty = self.empty_state(span.rows.stop - span.rows.start)
-        return empty if tensors is self.inputs else tree_map(torch.zeros_like, empty)
-
-    def empty_state(self, rows: int) -> Tensors:
-        shapes = {"S": (self.keys, self.size), "z": (self.keys,), "m": ()}
-        full = functools.partial(self.given["v"].new_full, dtype=self.dtype)
-        return {name: full((rows, self.value_heads, *shapes[name]), STATE[name]) for name in self.options.parts}
-
-    def cut(self, tensors: Tensors, span: Span, begin: int, end: int) -> Tensors:
-        """Everything but the state, of some tokens of a span."""
-        return {
-            name: tensor[span.rows, begin:end] if name in self.tokens else tensor
-            for name, tensor in tensors.items()
-            if name not in STATE
-        }
-
-    def chunks(self, span: Span) -> Iterator[tuple[int, int]]:
-        for begin in range(span.begin, span.end, CHUNK):
-            yield begin, min(begin + CHUNK, span.end)
-
-    # The recurrence.
+    def shapes_of_state(self) -> dict[str, tuple[int, ...]]:
+        return {"S": (self.keys, self.size), "z": (self.keys,), "m": ()}
 
     def chunk(self, state: Tensors, x: Tensors) -> tuple[Tensor, Tensors]:
         """Some tokens (R, T, ...) of one span from a state: (y, the state after them)."""
-        q, k, v = self.per_value_head(x["q"], 2), self.per_value_head(x["k"], 2), x["v"]  # (R, T, HV, K or V)
+        HV = self.value_heads
+        q, k, v = per_value_head(x["q"], HV, 2), per_value_head(x["k"], HV, 2), x["v"]  # (R, T, HV, K or V)
         decay, weight, m = self.gates(x, state.get("m"))
         weighted = k if weight is None else weight[..., None] * k
 
@@ -154,7 +96,7 @@ class Call:
         read = torch.stack(states[:-1] if self.options.read_previous else states[1:], dim=1)
         n = (q[..., None, :] @ read).squeeze(-2)  # [read]
         if "bonus" in x:
-            n = n + (q * k * self.per_value_head(x["bonus"], 0)).sum(-1, keepdim=True) * columns
+            n = n + (q * k * per_value_head(x["bonus"], HV, 0)).sum(-1, keepdim=True) * columns
         o = self.normalized(n, m)
         if "skip" in x:
             o = o + (x["skip"] if x["skip"].dim() == 2 else x["skip"][:, None]) * v  # [skip]
@@ -163,11 +105,6 @@ class Call:
         S = states[-1]
         after = {"S": S[..., :-1], "z": S[..., -1]} if "z" in state else {"S": S}
         return y, after if m is None else after | {"m": m[:, -1]}
-
-    def per_value_head(self, tensor: Tensor, dim: int) -> Tensor:
-        """What key heads have, for the value heads that they serve."""
-        group = self.value_heads // max(self.heads, 1)
-        return tensor if group == 1 else tensor.repeat_interleave(group, dim=dim)
 
     def gates(self, x: Tensors, m: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """[gate]: exp(g) (R, T, HV, 1 or K) and w (R, T, HV), None where they are 1, and m (R, T, HV) of form EXP."""
@@ -205,134 +142,10 @@ class Call:
         d = torch.maximum((scale * e).abs(), least) + eps
         return (scale * n / d[..., None]).masked_fill(empty[..., None], 0)
 
-    def run(self) -> tuple[Tensor, Tensors]:
-        """(y, the final state)."""
-        pieces, states = [], {}
-        for span in self.spans:
-            state = self.before(span, self.inputs)
-            for begin, end in self.chunks(span):
-                y, state = self.chunk(state, self.cut(self.inputs, span, begin, end))
-                pieces.append((span.rows, begin, y))
-            if span.final is not None:
-                states[span.final.start] = state
-        return self.place_outputs(pieces, states)
-
-    # Derivatives. Forward mode is two reverse ones, which work inside any other transform.
-
-    def jvp(self, tangents: Tensors) -> tuple[Tensor, Tensors]:
-        """The derivatives of y and the final state along tangents of every tensor."""
-        tangents = self.convert(tangents)
-        pieces, states = [], {}
-        for span in self.spans:
-            state, statet = self.before(span, self.inputs), self.before(span, tangents)
-            for begin, end in self.chunks(span):
-                yt, state, statet = self.push(state, statet, *self.cut_both(tangents, span, begin, end))
-                pieces.append((span.rows, begin, yt))
-            if span.final is not None:
-                states[span.final.start] = statet
-        return self.place_outputs(pieces, states)
-
-    def second_order(self, tangents: Tensors, dy: Tensor, dfinal: Tensors | None) -> tuple[Tensor, Tensors, Tensors]:
-        """(yt, finalt, the gradients of <dy, yt> + <dfinal, finalt>), with (yt, finalt) what `jvp` returns.
-
-        One sweep forwards keeps the state and its derivative before every chunk, one sweep backwards recomputes and
-        differentiates a chunk at a time.
-        """
-        tangents, dy = self.convert(tangents), self._turned("v", dy.to(self.dtype))
-        dfinal = None if dfinal is None else self.convert(dfinal)
-        pieces, states, initial = [], {}, {}
-        gradients: Tensors = {}
-        gradient_pieces: dict[str, list] = {name: [] for name in self.tokens}
-        for span in self.spans:
-            state, statet = self.before(span, self.inputs), self.before(span, tangents)
-            kept = []
-            for begin, end in self.chunks(span):
-                if kept:
-                    _, state, statet = self.push(*kept[-1][2:])
-                kept.append((begin, end, state, statet, *self.cut_both(tangents, span, begin, end)))
-            g, gt = tree_map(torch.zeros_like, state), tree_map(torch.zeros_like, state)
-            if span.final is not None:
-                gt = gt if dfinal is None else {name: part[span.final] for name, part in dfinal.items()}
-            for begin, end, *before in reversed(kept):
-                g, gt, gx, yt, aftert = self.pull(*before, dy[span.rows, begin:end], g, gt)
-                statet = aftert if end == span.end else statet  # the final one
-                pieces.append((span.rows, begin, yt))
-                for name, gradient in gx.items():
-                    if name in self.tokens:
-                        gradient_pieces[name].append((span.rows, begin, gradient))
-                    else:
-                        gradients[name] = gradients[name] + gradient if name in gradients else gradient
-            if span.final is not None:
-                states[span.final.start] = statet
-            if span.initial is not None:
-                initial[span.initial.start] = g
-        for name, tensor in self.inputs.items():
-            if name in self.tokens:
-                gradients[name] = self.place(gradient_pieces[name], tensor)
-            elif name in STATE:
-                gradients[name] = self.place_states(initial)[name]
-            elif name not in gradients:
-                gradients[name] = torch.zeros_like(tensor)
-        return *self.place_outputs(pieces, states), self.restore(gradients)
-
-    def push(self, state: Tensors, statet: Tensors, x: Tensors, xt: Tensors) -> tuple[Tensor, Tensors, Tensors]:
-        """The derivative of `chunk` along (statet, xt): (that of y, the state after the tokens, its derivative)."""
-        outputs = self.chunk(state, x)
-        _, transposed = vjp(
-            lambda cotangents: vjp(self.chunk, state, x)[1](cotangents), tree_map(torch.zeros_like, outputs)
-        )
-        ((yt, aftert),) = transposed((statet, xt))
-        return yt, outputs[1], aftert
-
-    def pull(self, state: Tensors, statet: Tensors, x: Tensors, xt: Tensors, dy: Tensor, g: Tensors, gt: Tensors):
-        """The gradients of <dy, yt> + <g, after> + <gt, aftert> of `push`: those of state, statet and x; yt, aftert."""
-
-        def pulled(state, x, dy, gt):
-            (_, after), pull = vjp(self.chunk, state, x)
-            return pull((dy, gt)), after
-
-        ((g_statet, _), _), pull = vjp(pulled, state, x, dy, gt)
-        g_state, gx, yt, aftert = pull(((statet, xt), g))
-        return g_state, g_statet, gx, yt, aftert
-
-    def cut_both(self, tangents: Tensors, span: Span, begin: int, end: int) -> tuple[Tensors, Tensors]:
-        return self.cut(self.inputs, span, begin, end), self.cut(tangents, span, begin, end)
-
-    # Results of spans and chunks, put together.
-
-    def place_outputs(self, pieces: list, states: dict[int, Tensors]) -> tuple[Tensor, Tensors]:
-        y = self._turned("v", self.place(pieces, self.inputs["v"])).contiguous()  # torch wants the strides of y
-        final = {name: self._turned(name, part).contiguous() for name, part in self.place_states(states).items()}
-        return y, final
-
-    def place(self, pieces: list[tuple[slice, int, Tensor]], like: Tensor) -> Tensor:
-        """Pieces, each (batch rows, first token, values), at their places in zeros like `like`."""
-        rows = {span.rows.start: (span.rows, []) for span in self.spans}
-        for batch, begin, piece in pieces:
-            rows[batch.start][1].append((begin, piece))
-        blocks = [place_in_time(row, like[batch]) for _, (batch, row) in sorted(rows.items())]
-        return torch.cat(blocks) if blocks else torch.zeros_like(like)
-
-    def place_states(self, states: dict[int, Tensors]) -> Tensors:
-        """States by their first row, as whole tensors."""
-        placed = [state for _, state in sorted(states.items())]
-        if not placed:
-            return self.empty_state(self.num_states)
-        return {name: torch.cat([state[name] for state in placed]) for name in placed[0]}
-
 
 def exp_difference(x: Tensor, scale: Tensor) -> Tensor:
     """exp(x - scale) for x <= scale, and 0 for -inf less -inf."""
     return (x - scale).masked_fill(scale == -math.inf, -math.inf).exp()
-
-
-def place_in_time(pieces: list[tuple[int, Tensor]], like: Tensor) -> Tensor:
-    """Pieces, each (first token, values), with zeros between them."""
-    parts, end = [], 0
-    for begin, piece in sorted(pieces, key=lambda piece: piece[0]):
-        parts += [torch.zeros_like(like[:, end:begin]), piece]
-        end = begin + piece.shape[1]
-    return torch.cat([*parts, torch.zeros_like(like[:, end:])], dim=1)
 
 
 def attend(
@@ -343,10 +156,9 @@ def attend(
     dtype_of_m: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """What the kernels compute, in the widest dtype of the tensors in NAMES: y, then the parts of the final state."""
-    given = {name: t for name, t in zip(NAMES, tensors, strict=True) if t is not None}
-    dtype = functools.reduce(torch.promote_types, (t.dtype for t in given.values()), torch.float32)
-    y, final = Call(given, packing, options, dtype, dtype_of_m).run()
-    v = given["v"]
+    named = given(NAMES, tensors)
+    y, final = Call(named, packing, options, widest(named), dtype_of_m).run()
+    v = named["v"]
     kept = [final[name].to(accumulator(v.dtype)) for name in options.parts] if return_final_state else []
     return y.to(v.dtype), *kept
 

@@ -39,10 +39,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._recurrence import default_scale
 from .._torch import autocast_operands, forbid_grad
 from . import _linear_attention_plain as plain
 from ._linear_attention import attend, attend_step, joined, parts_of, register
-from ._linear_attention_plain import KEY, NONE, SUM, TOKEN, UNNORMALIZED, Options, default_scale
+from ._linear_attention_plain import KEY, NONE, SUM, TOKEN, UNNORMALIZED, Options
 
 __all__ = [
     "gla",

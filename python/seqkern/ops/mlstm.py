@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._recurrence import default_scale
 from .._torch import autocast_operands, forbid_grad
 from . import _linear_attention_plain as plain
 from ._linear_attention import attend, attend_step, joined, parts_of
-from ._linear_attention_plain import EXP, MAX, Options, default_scale
+from ._linear_attention_plain import EXP, MAX, Options
 
 __all__ = ["mlstm", "mlstm_step", "reference", "reference_step"]
 
