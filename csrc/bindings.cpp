@@ -7,6 +7,9 @@
 
 #include "causal_conv1d/tile.h"
 #include "common/isa.h"
+#include "delta_rule/tile.h"
+#include "delta_rule/tile_bwd.h"
+#include "delta_rule/tile_step.h"
 #include "linear_attention/tile.h"
 #include "linear_attention/tile_bwd.h"
 #include "linear_attention/tile_step.h"
@@ -353,7 +356,78 @@ py::dict plan_linear_attention(int64_t batch, int64_t length, int64_t heads, int
     const attention::cuda::StepPlan plan = attention::cuda::plan_step(step);
     plans["step"] =
         facts(normalized ? "a block owns a head and its normalizer" : "a block owns a tile of the values of a head",
-              plan.blocks, plan.threads, plan.blocks_per_sm, 0, attention::cuda::step_bytes(step));
+              plan.blocks, plan.cut.threads, plan.blocks_per_sm, 0, attention::cuda::step_bytes(step));
+  }
+  return plans;
+}
+
+py::dict plan_delta_rule(int64_t batch, int64_t length, int64_t heads, int64_t keys, int64_t size,
+                         const std::string& dtype, int64_t value_heads, const std::string& decay, bool erase_key,
+                         bool states, bool split_time, bool backward) {
+  namespace delta = delta_rule;
+  using delta::Decay;
+  static const std::map<std::string, Decay> kForms = {
+      {"none", Decay::kNone}, {"token", Decay::kToken}, {"key", Decay::kKey}};
+  const auto form = kForms.find(decay);
+  if (form == kForms.end()) throw std::invalid_argument("decay must be none, token or key, got " + decay);
+  if (value_heads == 0) value_heads = heads;
+  if (heads < 1 || value_heads % heads != 0) throw std::invalid_argument("heads must divide value_heads");
+  const DType type = dtype_of(dtype), sums = accumulator(type);
+  const auto tokens = [&](int64_t count, int64_t width, bool present = true) -> TokenData {
+    return {present ? kPresent : nullptr, type, length * count * width, count * width, width};
+  };
+  const Array state{states ? kPresent : nullptr, sums};
+
+  delta::Inputs in{};
+  in.sequences.batch = in.sequences.count = batch, in.sequences.length = length;
+  in.heads = heads, in.value_heads = value_heads, in.keys = keys, in.size = size;
+  in.accumulator = sums, in.split_time = split_time, in.form = form->second, in.initial_state = state;
+  in.q = in.k = tokens(heads, keys), in.erase = tokens(heads, keys, erase_key), in.v = tokens(value_heads, size);
+  in.beta = tokens(value_heads, 1);
+  in.decay = tokens(value_heads, in.form == Decay::kKey ? keys : 1, in.form != Decay::kNone);
+
+  delta::FwdParams fwd{in};
+  fwd.o = in.v, fwd.final_state = state;
+  if (backward) fwd.u = in.v, fwd.u.dtype = operand_of(type);
+  delta::BwdParams bwd{};
+  static_cast<delta::Inputs&>(bwd) = in;
+  bwd.u = in.v, bwd.u.dtype = operand_of(type), bwd.dO = bwd.dv = in.v, bwd.dq = in.q, bwd.dk = in.k;
+  bwd.derase = in.erase, bwd.dbeta = in.beta, bwd.ddecay = in.decay, bwd.dfinal_state = bwd.dinitial_state = state;
+
+  delta::StepParams step{};
+  step.batch = step.rows = batch, step.heads = heads, step.value_heads = value_heads, step.keys = keys;
+  step.size = size, step.accumulator = sums, step.form = in.form;
+  const auto rows = [](const TokenData& x) -> delta::StepParams::Rows { return {x.data, x.dtype, x.l, x.h, 1}; };
+  step.q = rows(in.q), step.k = rows(in.k), step.erase = rows(in.erase), step.v = step.o = rows(in.v);
+  step.beta = rows(in.beta), step.decay = rows(in.decay);
+  step.S = {kPresent, sums, value_heads * keys * size, keys * size, size}, step.S_v = 1;
+
+  const auto walk = [](const auto& plan, const char* why, int64_t blocks, int threads, int64_t smem_bytes) {
+    py::dict d = facts(plan.segments > 1 ? "few rows, heads and values: time is cut into segments" : why, blocks,
+                       threads, plan.tile.blocks_per_sm, plan.workspace_bytes, plan.bytes);
+    d["chunk"] = text_of(plan.tile);
+    d["blocks of scores"] = plan.scores.blocks;
+    d["segments of a row"] = plan.segments;
+    d["shared memory bytes"] = smem_bytes;
+    d["launches"] = plan.launches;
+    return d;
+  };
+  py::dict plans;
+  {
+    const delta::cuda::FwdPlan plan = delta::cuda::plan_fwd(fwd);
+    plans["forward"] = walk(plan, "a block walks through a row, for a head and a tile of its values",
+                            plan.blocks * plan.segments, delta::cuda::kFwdThreads, plan.smem_bytes);
+  }
+  {
+    const delta::cuda::BwdPlan plan = delta::cuda::plan_bwd(bwd);
+    plans["backward"] =
+        walk(plan, "blocks walk through a row, forward or backward, for a head and a tile of its values",
+             plan.walk_blocks, delta::cuda::kBwdThreads, plan.walk_smem_bytes);
+  }
+  {
+    const delta::cuda::StepPlan plan = delta::cuda::plan_step(step);
+    plans["step"] = facts("a block owns a tile of the values of a head", plan.blocks, plan.cut.threads,
+                          plan.blocks_per_sm, 0, delta::cuda::step_bytes(step));
   }
   return plans;
 }
@@ -383,6 +457,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("decay") = "none", py::arg("normalize") = false, py::arg("read_previous") = false,
         py::arg("bonus") = false, py::arg("skip") = false, py::arg("gate") = false, py::arg("states") = false,
         py::arg("value_major") = false, py::arg("split_time") = true, py::arg("backward") = true, "The same.");
+  m.def("plan_delta_rule", &plan_delta_rule, py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("heads"),
+        py::arg("keys"), py::arg("size"), py::arg("dtype"), py::arg("value_heads") = 0, py::arg("decay") = "none",
+        py::arg("erase_key") = false, py::arg("states") = false, py::arg("split_time") = true,
+        py::arg("backward") = true, "The same.");
   m.def("plan_softmax_scan", &plan_softmax_scan, py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("heads"),
         py::arg("size"), py::arg("dtype"), py::arg("states") = false, py::arg("split_time") = true,
         py::arg("normalizers") = true, "The same.");

@@ -197,6 +197,28 @@ PARTICULAR = {
         ({}, lambda i: {"C": torch.ones(2, 16, 18)}, RuntimeError, r"C must be \(B=2, N=16, L=17\), got \(2, 16, 18\)"),
         ({}, lambda i: {"B": torch.ones(16)}, RuntimeError, r"B must be \(B=2, G, N=16, L=17\), got \(16,\)"),
     ],
+    "delta_rule": [
+        ({}, lambda i: {"q": torch.ones(2, 17, 3, 5)}, RuntimeError, f"v {HEADS} q, H=3, got HV=4"),
+        ({}, lambda i: {"log_decay": torch.ones(4)}, RuntimeError, r"log_decay must be \(.*\), got \(4,\)"),
+        (
+            {},
+            lambda i: {"log_decay": torch.ones(2, 17, 4, 6)},
+            RuntimeError,
+            r"log_decay must be \(B=2, L=17, HV=4, K=5\), got \(2, 17, 4, 6\)",
+        ),
+        (
+            {},
+            lambda i: {"erase_key": torch.ones(2, 17, 4, 5)},
+            RuntimeError,
+            r"erase_key must be \(B=2, L=17, H=2, K=5\), got \(2, 17, 4, 5\)",
+        ),
+        (
+            {},
+            lambda i: {"erase_key": torch.ones(2, 17, 2, 5).half()},
+            RuntimeError,
+            r"erase_key must have the dtype of v \(float32\), got float16",
+        ),
+    ],
     "linear_attention": [
         ({"read": "next"}, None, ValueError, BAD_READ),
         ({"bonus": torch.ones(2, 5)}, None, ValueError, 'bonus needs read="previous", got read="current"'),
@@ -280,6 +302,22 @@ PARTICULAR_STEP = {
             "B must have a number of groups G that divides D=3, got G=2",
         ),
         ({}, {"C": torch.ones(2, 1, 15, 17)}, RuntimeError, r"C must be \(B=2, G, N=16\), got \(2, 1, 15\)"),
+    ],
+    "delta_rule": [
+        (
+            {},
+            {"q": torch.ones(2, 17, 2, 5).half()},
+            RuntimeError,
+            r"q must have the dtype of v \(float32\), got float16",
+        ),
+        ({}, {"beta": torch.ones(2, 17, 3)}, RuntimeError, r"beta must be \(B=2, HV=4\), got \(2, 3\)"),
+        ({}, {"log_decay": torch.ones(2, 17, 3)}, RuntimeError, r"log_decay must be \(B=2, HV=4\), got \(2, 3\)"),
+        (
+            {},
+            {"erase_key": torch.ones(2, 17, 2, 4)},
+            RuntimeError,
+            r"erase_key must be \(B=2, H=2, K=5\), got \(2, 2, 4\)",
+        ),
     ],
     "linear_attention": [
         ({"read": "next"}, {}, ValueError, BAD_READ),

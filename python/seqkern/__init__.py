@@ -4,7 +4,9 @@ from importlib.metadata import version
 
 from . import nn, ops, reference
 from ._config import batch_invariant
+from ._routes import pack_by_route
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from .ops.delta_rule import delta_rule, delta_rule_step
 from .ops.linear_attention import gla, linear_attention, linear_attention_step, retention, rwkv6
 from .ops.linear_scan import linear_scan, linear_scan_step
 from .ops.mlstm import mlstm, mlstm_step
@@ -18,6 +20,8 @@ __all__ = [
     "batch_invariant",
     "causal_conv1d",
     "causal_conv1d_step",
+    "delta_rule",
+    "delta_rule_step",
     "gla",
     "linear_attention",
     "linear_attention_step",
@@ -26,6 +30,7 @@ __all__ = [
     "mlstm",
     "mlstm_step",
     "nn",
+    "pack_by_route",
     "reference",
     "retention",
     "rwkv6",

@@ -88,6 +88,16 @@ def _attention_step(ops: ModuleType, tensors: dict[str, Tensor], state: Tensor) 
     return ops.linear_attention_step(state, q, k, v, _negative(log_decay))
 
 
+def _delta(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"beta": 2 * tensors["beta"].sigmoid(), "log_decay": _negative(tensors["log_decay"])}
+
+
+def _delta_step(ops: ModuleType, tensors: dict[str, Tensor], state: Tensor) -> Tensor:
+    tensors = _delta(tensors)
+    token = {name: tensors[name][:, 0] for name in ("q", "k", "v", "beta", "log_decay")}
+    return ops.delta_rule_step(state, **token, qk_l2norm=True)
+
+
 def _decaying(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"A": -tensors["A"].exp()}
 
@@ -131,6 +141,12 @@ SELF_CHECKS = {
         {"x": (2, 40, 129), "weight": (40, 4), "bias": (40,), "initial_state": (2, 40, 3)},
         lambda ops, t: ops.causal_conv1d(**t, activation="silu", return_final_state=True),
         lambda ops, t, state: ops.causal_conv1d_step(t["x"][..., 0], state, t["weight"], t["bias"], "silu"),
+    ),
+    "delta_rule": Check(
+        {"q": (2, 129, 2, 20), "k": (2, 129, 2, 20), "v": (2, 129, 4, 12), "beta": (2, 129, 4)}
+        | {"log_decay": (2, 129, 4), "initial_state": (2, 4, 20, 12)},
+        lambda ops, t: ops.delta_rule(**_delta(t), qk_l2norm=True, return_final_state=True),
+        _delta_step,
     ),
     "linear_attention": Check(
         {"q": (2, 129, 2, 20), "k": (2, 129, 2, 20), "v": (2, 129, 4, 12), "log_decay": (2, 129, 4, 20)}

@@ -5,6 +5,7 @@ python -m seqkern.plan selective_scan --batch 1 --channels 1536 --length 2048 --
 python -m seqkern.plan linear_scan --batch 4 --length 4096 --channels 1024 --dtype bf16
 python -m seqkern.plan softmax_scan --batch 1 --length 2048 --heads 16 --size 64 --dtype bf16
 python -m seqkern.plan linear_attention --batch 1 --length 2048 --heads 8 --keys 128 --size 128 --decay key --dtype bf16
+python -m seqkern.plan delta_rule --batch 1 --length 2048 --heads 8 --keys 128 --size 128 --decay token --dtype bf16
 python -m seqkern.plan ssd --batch 1 --length 2048 --heads 24 --size 64 --states 128 --dtype bf16
 python -m seqkern.plan mlstm --batch 8 --length 8192 --heads 16 --keys 128 --size 256 --dtype bf16
 """
@@ -72,7 +73,6 @@ def _parser() -> argparse.ArgumentParser:
     softmax.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
 
     attention = operator("linear_attention", _C.plan_linear_attention, "heads", "keys", "size")
-    attention.add_argument("--value-heads", type=int, default=0, help="a multiple of heads; 0: as many")
     attention.add_argument("--decay", default="none", choices=["none", "head", "token", "key"], help="one for each")
     attention.add_argument("--normalize", action="store_true")
     attention.add_argument("--read-previous", action="store_true", help='read="previous"')
@@ -82,9 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     ssd.add_argument("--no-skip", dest="skip", action="store_false", help="without D")
     ssd.add_argument("--gate", action="store_true", help="with z")
     mlstm = operator("mlstm", _plan_mlstm, "heads", "keys", "size")
-    for parsed in (attention, mlstm):
+    delta = operator("delta_rule", _C.plan_delta_rule, "heads", "keys", "size")
+    delta.add_argument("--decay", default="none", choices=["none", "token", "key"], help="one for each")
+    delta.add_argument("--erase-key", action="store_true")
+    for parsed in (attention, delta):
+        parsed.add_argument("--value-heads", type=int, default=0, help="a multiple of heads; 0: as many")
+    for parsed in (attention, mlstm, delta):
         parsed.add_argument("--states", action="store_true", help="with initial and final state")
-    for parsed in (attention, ssd, mlstm):
+    for parsed in (attention, ssd, mlstm, delta):
         parsed.add_argument("--no-backward", dest="backward", action="store_false", help="no backward follows")
         parsed.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
     return parser

@@ -2,6 +2,8 @@
 
 from .ops.causal_conv1d import reference as causal_conv1d
 from .ops.causal_conv1d import reference_step as causal_conv1d_step
+from .ops.delta_rule import reference as delta_rule
+from .ops.delta_rule import reference_step as delta_rule_step
 from .ops.linear_attention import reference as linear_attention
 from .ops.linear_attention import reference_step as linear_attention_step
 from .ops.linear_scan import reference as linear_scan
@@ -18,6 +20,8 @@ from .ops.ssd import reference_step as ssd_step
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
+    "delta_rule",
+    "delta_rule_step",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",

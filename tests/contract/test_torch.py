@@ -51,7 +51,7 @@ def test_fakes_agree(case, record):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(operator, device, dtype):
     """Matrix operands are cast, decays and states never; gradients come back in the dtype of their tensors."""
-    inputs = operator.case(initial_state=True, return_final_state=True).inputs(device)
+    inputs = operator.full_case().inputs(device)
     by_hand = inputs.but({name: inputs.tensors[name].to(dtype) for name in operator.autocast})
     cotangents = by_hand.cotangents()
     with torch.autocast(device, dtype=dtype):

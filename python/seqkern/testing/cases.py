@@ -63,6 +63,7 @@ class Operator:
     state: dict[str, float] = field(default_factory=lambda: {"initial_state": 0.0})
     broadcast: tuple[str, ...] = ()  # arguments whose dimensions may be 1 or missing; their dtype is a parameter's
     native_layouts: tuple[str, ...] = ("contiguous",)  # in which data is not copied
+    distinct: str = ""  # the letter of a last dimension along which no layout repeats values
     from_outputs: tuple[str, ...] = ()  # gradients computed from outputs as they were returned, after rounding
     # Gradients that are differences of sums over these letters, whose terms are as large as the largest among them.
     cancelling: dict[str, str] = field(default_factory=dict)
@@ -197,7 +198,8 @@ class Case:
             value = operator.draw[name](value, self.values) if name in operator.draw else value
             is_data = name in operator.data and name not in operator.broadcast
             dtype = self["dtype"] if is_data or self["parameter_dtype"] == "same" else self["parameter_dtype"]
-            tensors[name] = _lay_out(value.to(device, dtype), self["layout"], letters.endswith("P"))
+            keeps_last = letters.split()[-1] in ("P", operator.distinct)
+            tensors[name] = _lay_out(value.to(device, dtype), self["layout"], keeps_last)
         return Inputs(operator, tensors, options, sizes)
 
 
@@ -383,8 +385,8 @@ def _seq_idx(B: int, L: int, generator: torch.Generator) -> Tensor:
     return rows
 
 
-def _lay_out(tensor: Tensor, layout: str, has_pairs: bool) -> Tensor:
-    """In another memory order, or between NaNs, or with strides of zero (which repeats values, or pairs of them)."""
+def _lay_out(tensor: Tensor, layout: str, keeps_last: bool) -> Tensor:
+    """In another memory order, or between NaNs, or with strides of zero (which repeats values, or vectors of them)."""
     if layout == "transposed" and tensor.dim() > 1:
         return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "strided":
@@ -392,7 +394,7 @@ def _lay_out(tensor: Tensor, layout: str, has_pairs: bool) -> Tensor:
         view = room[(slice(1, None, 2),) * tensor.dim()]
         return view.copy_(tensor)
     if layout == "expanded":
-        last = tensor.dim() - 1 - has_pairs
+        last = tensor.dim() - 1 - keeps_last
         corner = tensor[:1] if last < 2 else tensor[:1].narrow(last, 0, min(1, tensor.shape[last]))
         return corner.expand_as(tensor)
     return tensor

@@ -1,4 +1,5 @@
-"""What the operators on the kernels of linear_attention are called with."""
+"""What the operators that go by chunks of tokens are called with: delta_rule, and those on the kernels of
+linear_attention."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from .cases import COMMON, Inputs, Operator
 
-CHUNK = 64  # tokens (csrc/linear_attention)
+CHUNK = 64  # tokens, at most (csrc/linear_attention, csrc/delta_rule)
 PACKINGS = ("none", "cu_seqlens")
 
 
@@ -251,4 +252,84 @@ MLSTM = Operator(
     },
     lean={"H": 1, "K": 1, "V": 64},
     kernels="linear_attention",
+)
+
+
+def _delta_shapes(values: dict[str, Any]) -> dict[str, str]:
+    return {"log_decay": values["log_decay"]}
+
+
+def _delta_options(values: dict[str, Any]) -> dict[str, Any]:
+    return {"qk_l2norm": values["qk_l2norm"], "scale": values["scale"]}
+
+
+def _short(variates: Tensor, values: dict[str, Any]) -> Tensor:
+    """Keys of length at most 1, in every memory layout, so that with beta up to 2 states do not grow."""
+    return variates.tanh() * max(1, variates.shape[-1]) ** -0.5
+
+
+def _kept_u(inputs: Inputs) -> int:
+    """u, in the dtype of v, but float32 where that is float16."""
+    v = inputs.tensors["v"]
+    return v.numel() * (4 if v.dtype == torch.float16 else v.dtype.itemsize)
+
+
+def _delta_workspace_bytes(inputs: Inputs) -> int:
+    """Gradients that parts of value heads or of values give each a part of (csrc/delta_rule/cpu_plan.h)."""
+    B, L, HV, H, K, V = (inputs.sizes[letter] for letter in "B L HV H K V".split())
+    threads, runs, group = torch.get_num_threads(), inputs.num_runs, HV // max(1, H)
+    heads = max(1, -(-group // 6), min(threads // max(1, runs * H), group))
+    values = max(1, -(-V // 64)) if threads >= 2 * runs * HV else 1
+    keys = 0 if heads * values == 1 else heads * values * 3 * B * L * H * K
+    numbers = 0 if values == 1 else values * B * L * HV * (2 + K)
+    return (keys + numbers) * inputs.accumulator.itemsize + 8
+
+
+DELTA_RULE = Operator(
+    name="delta_rule",
+    function=ops.delta_rule.delta_rule,
+    step=ops.delta_rule.delta_rule_step,
+    reference=ops.delta_rule.reference,
+    reference_step=ops.delta_rule.reference_step,
+    arguments={
+        "v": "B L HV V",
+        "q": "B L H K",
+        "k": "B L H K",
+        "erase_key": "B L H K",
+        "beta": "B L HV",
+        "log_decay": "B L HV",
+        "initial_state": "N HV K V",
+    },
+    outputs={"y": "B L HV V", "final_state": "N HV K V"},
+    step_state="state",
+    step_options=("scale", "qk_l2norm"),
+    autocast=("q", "k", "v", "erase_key"),
+    factors=COMMON
+    | {
+        "packing": PACKINGS,
+        "shape": LINEAR_ATTENTION.factors["shape"],
+        "log_decay": ("B L HV", "absent", "B L HV K"),
+        "erase_key": (False, True),
+        "qk_l2norm": (True, False),
+        "scale": (None, 0.7),
+    },
+    shape="B L HV H K V",
+    small_shapes=LINEAR_ATTENTION.small_shapes,
+    tiny={"shape": ((1, 3, 1, 1, 2, 1), (1, 2, 2, 1, 1, 2)), "scale": (0.7,)},
+    options=_delta_options,
+    variants=_delta_shapes,
+    state_sizes=lambda sizes: {},
+    workspace_bytes=_delta_workspace_bytes,
+    kept_bytes=_kept_u,
+    rounds_operands=True,
+    chunk=CHUNK,
+    distinct="K",  # keys that are all parallel cost digits (test_delta_rule.py has them)
+    harmless={"log_decay": (-math.inf,)},
+    draw={
+        "k": _short,
+        "erase_key": lambda t, values: 0.3 * _short(t, values),
+        "beta": lambda t, values: 1 + t.tanh(),
+        "log_decay": _log_decay,
+    },
+    lean={"H": 1, "K": 1, "V": 64},
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import ops
 from .cases import COMMON, Inputs, Operator
-from .chunked import LINEAR_ATTENTION, MLSTM, SSD
+from .chunked import DELTA_RULE, LINEAR_ATTENTION, MLSTM, SSD
 
 
 def _conv_workspace_bytes(inputs: Inputs) -> int:
@@ -366,6 +366,6 @@ SOFTMAX_SCAN = Operator(
     lean={"V": 64},
 )
 
-OPERATORS = (CAUSAL_CONV1D, LINEAR_ATTENTION, LINEAR_SCAN, MLSTM, SELECTIVE_SCAN, SOFTMAX_SCAN, SSD)
+OPERATORS = (CAUSAL_CONV1D, DELTA_RULE, LINEAR_ATTENTION, LINEAR_SCAN, MLSTM, SELECTIVE_SCAN, SOFTMAX_SCAN, SSD)
 
 SERVED = Counter(operator.raw for operator in OPERATORS)  # how many operators each folder of csrc serves
