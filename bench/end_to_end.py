@@ -1,7 +1,8 @@
-"""Whole Mamba models of Hugging Face transformers on seqkern, against the same models in transformers' plain torch.
+"""Whole models of Hugging Face transformers on seqkern, against the same models in transformers' plain torch.
 
     python3 bench/end_to_end.py                     # two layers of mamba-130m's size at L = 1024
     python3 bench/end_to_end.py --family mamba2 --length 512 --dtype bfloat16
+    python3 bench/end_to_end.py --family qwen3_next --hidden 1024
 
 The model has random weights and no head: its input is embeddings. Both ways take turns, a ratio is that of medians,
 and the difference is the largest one over the largest value, of outputs or of gradients.
@@ -15,7 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAMILIES = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba"}
+FAMILIES = {"mamba": "Mamba", "mamba2": "Mamba2", "falcon_mamba": "FalconMamba", "qwen3_next": "Qwen3Next"}
 BUDGET_S = 60  # no further round of a row after it
 
 
@@ -23,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--family", choices=FAMILIES, default="mamba")
     options.add_argument("--layers", type=int, default=2)
-    options.add_argument("--hidden", type=int, default=768, help="the scan has twice as many channels")
+    options.add_argument("--hidden", type=int, default=768, help="a Mamba scan has twice as many channels")
     options.add_argument("--batch", type=int, default=1)
     options.add_argument("--length", type=int, default=1024)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -50,10 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         on_seqkern = modeling(options.family, "on_seqkern")
     transformers.logging.set_verbosity_error()
     name = FAMILIES[options.family]
-    sizes = {"vocab_size": 8, "hidden_size": options.hidden, "num_hidden_layers": options.layers}
-    if options.family == "mamba2":  # of mamba2-130m, in chunks that suit transformers' plain torch best
-        sizes |= {"head_dim": 64, "num_heads": 2 * options.hidden // 64, "n_groups": 1, "chunk_size": 64}
-    config = getattr(transformers, f"{name}Config")(**sizes, residual_in_fp32=False)
+    config = getattr(transformers, f"{name}Config")(**sizes_of(options.family, options.hidden, options.layers))
     torch.manual_seed(0)
     models = {
         "transformers": getattr(own, f"{name}Model")(config),
@@ -69,6 +67,17 @@ def main(argv: list[str] | None = None) -> int:
         calls = {who: kind(model.to(x.dtype), x) for who, model in models.items()}
         row(title, calls, options.rounds)
     return 0
+
+
+def sizes_of(family: str, hidden: int, layers: int) -> dict:
+    sizes = {"vocab_size": 8, "hidden_size": hidden, "num_hidden_layers": layers}
+    if family == "qwen3_next":  # its layers with a gated delta rule only, and no experts
+        heads = {"linear_num_key_heads": hidden // 256, "linear_num_value_heads": hidden // 128}
+        only = {"layer_types": layers * ["linear_attention"], "mlp_only_layers": list(range(layers))}
+        return sizes | heads | only | {"intermediate_size": 2 * hidden}
+    if family == "mamba2":  # of mamba2-130m, in chunks that suit transformers' plain torch best
+        sizes |= {"head_dim": 64, "num_heads": 2 * hidden // 64, "n_groups": 1, "chunk_size": 64}
+    return sizes | {"residual_in_fp32": False}
 
 
 def modeling(family: str, suffix: str):
@@ -122,7 +131,7 @@ class Training:
         import torch
 
         y = self.model(inputs_embeds=self.x, use_cache=False).last_hidden_state
-        parameters = [p for name, p in self.model.named_parameters() if "embeddings" not in name]
+        parameters = [p for name, p in self.model.named_parameters() if "embed" not in name]
         return torch.autograd.grad(y, parameters, self.x)  # the input as some direction
 
 
@@ -134,13 +143,15 @@ class Step:
 
         self.model, self.token = model.eval(), x[:, :1]
         with torch.no_grad():
-            self.cache = model(inputs_embeds=x[:, :16], use_cache=True).cache_params
+            outputs = model(inputs_embeds=x[:, :16], use_cache=True)
+        name = "cache_params" if "cache_params" in outputs else "past_key_values"
+        self.cache = {name: outputs[name]}
 
     def __call__(self):
         import torch
 
         with torch.no_grad():
-            out = self.model(inputs_embeds=self.token, cache_params=self.cache, use_cache=True)
+            out = self.model(inputs_embeds=self.token, **self.cache, use_cache=True)
         return [out.last_hidden_state]
 
 

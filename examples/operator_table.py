@@ -16,7 +16,7 @@ from torch import Tensor
 import seqkern.nn
 from seqkern.testing import interleaved
 
-LAYERS = "conv mamba mamba2 _scan aaren gla retnet mlstm".split()
+LAYERS = "conv mamba mamba2 _scan aaren gla retnet mlstm delta".split()
 CALLERS = [getattr(seqkern.nn, name) for name in LAYERS]  # modules that call operators
 
 # ---- what one would write without seqkern, for the arguments that those layers give here
@@ -132,6 +132,29 @@ def plain_linear_attention_token(S, q, k, v, log_decay):
     return S, (q.shape[-1] ** -0.5 * (q[..., None, :].to(S.dtype) @ S).squeeze(-2)).to(v.dtype)
 
 
+def plain_delta_rule(q, k, v, beta, *, log_decay, qk_l2norm, **absent):
+    S, outputs = log_decay.new_zeros(*q[:, 0].shape, v.shape[-1]), []
+    for tokens in zip(*(t.unbind(1) for t in (q, k, v, beta, log_decay)), strict=True):
+        S, o_t = plain_delta_rule_token(S, *tokens)
+        outputs.append(o_t)
+    return torch.stack(outputs, dim=1)
+
+
+def plain_delta_rule_step(state, q, k, v, beta, *, log_decay, qk_l2norm):
+    S, o = plain_delta_rule_token(state, q, k, v, beta, log_decay)
+    state.copy_(S)
+    return o
+
+
+def plain_delta_rule_token(S, q, k, v, beta, log_decay):
+    q, k = (t.to(S.dtype) * (t.to(S.dtype).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for t in (q, k))
+    decay = log_decay.exp()
+    S = (decay[..., None] if decay.dim() == 3 else decay[..., None, None]) * S
+    u = beta[..., None] * (v - (k[..., None, :] @ S).squeeze(-2))
+    S = S + k[..., None] * u[..., None, :]
+    return S, (q.shape[-1] ** -0.5 * (q[..., None, :] @ S).squeeze(-2)).to(v.dtype)
+
+
 def plain_mlstm(q, k, v, i, f, **absent):
     wide = torch.promote_types(q.dtype, torch.float32)
     heads = q[:, 0].to(wide)  # (B, H, K)
@@ -180,17 +203,23 @@ class Call:
     """One call of an operator: its arguments, and the gradient that came back to its output."""
 
     def __init__(self, args: tuple, options: dict):
-        self.args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in args]
-        self.options, self.dy = options, None
+        self.args = [leaf(arg) for arg in args]
+        self.options, self.dy = {name: leaf(option) for name, option in options.items()}, None
 
     def forward(self, function: Callable) -> list[Tensor]:
         with torch.no_grad():
             return [function(*self.args, **self.options)]
 
     def forward_backward(self, function: Callable) -> list[Tensor]:
-        args = [arg.detach().requires_grad_() if isinstance(arg, Tensor) else arg for arg in self.args]
-        y = function(*args, **self.options)
-        return [y, *torch.autograd.grad(y, [arg for arg in args if isinstance(arg, Tensor)], self.dy)]
+        args = [leaf(arg, True) for arg in self.args]
+        options = {name: leaf(option, True) for name, option in self.options.items()}
+        y = function(*args, **options)
+        leaves = [given for given in (*args, *options.values()) if isinstance(given, Tensor)]
+        return [y, *torch.autograd.grad(y, leaves, self.dy)]
+
+
+def leaf(given, requires_grad: bool = False):
+    return given.detach().requires_grad_(requires_grad) if isinstance(given, Tensor) else given
 
 
 TRAINING = {"forward": Call.forward, "forward + backward": Call.forward_backward}
@@ -208,6 +237,8 @@ OPERATORS = [
     Operator("gla", plain_linear_attention, TRAINING),
     Operator("linear_attention", plain_linear_attention, TRAINING),
     Operator("linear_attention_step", plain_linear_attention_step, {"step": Call.forward}),
+    Operator("delta_rule", plain_delta_rule, TRAINING),
+    Operator("delta_rule_step", plain_delta_rule_step, {"step": Call.forward}),
     Operator("mlstm", plain_mlstm, TRAINING),
     Operator("mlstm_step", plain_mlstm_step, {"step": Call.forward}),
 ]

@@ -46,6 +46,8 @@ MIXERS = {
     "aaren": lambda dim, layer: seqkern.nn.Aaren(dim, num_heads=dim // 16),
     "gla": lambda dim, layer: seqkern.nn.GLA(dim, num_heads=dim // 40),
     "retnet": lambda dim, layer: seqkern.nn.RetNet(dim, num_heads=dim // 40),
+    "gated_delta_net": lambda dim, layer: seqkern.nn.GatedDeltaNet(dim, num_heads=dim // 40, expand_v=1.0),
+    "kda": lambda dim, layer: seqkern.nn.KDA(dim, num_heads=dim // 40),
     "mlstm": lambda dim, layer: seqkern.nn.MLSTM(dim, num_heads=dim // 40),
 }
 

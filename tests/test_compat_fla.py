@@ -289,6 +289,9 @@ def test_names_of_the_package():
 import seqkern.compat
 seqkern.compat.install(force=True)
 from fla.ops import chunk_gla, chunk_retention, chunk_simple_gla, fused_recurrent_rwkv6
+from fla.ops.delta_rule import chunk_delta_rule, fused_recurrent_delta_rule
+from fla.ops.gated_delta_rule import chunk_gated_delta_rule, fused_recurrent_gated_delta_rule
+from fla.ops.kda import chunk_kda, fused_recurrent_kda
 from fla.ops.gla import chunk_gla as same, fused_chunk_gla, fused_recurrent_gla
 from fla.ops.gla.chunk import chunk_gla as same_again
 from fla.ops.linear_attn import chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn
@@ -299,7 +302,7 @@ from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla, fused_r
 from fla.ops.simple_gla.fused_recurrent import fused_recurrent_simple_gla
 import fla, sys
 print(chunk_gla is same is same_again is fla.ops.gla.chunk.chunk_gla, fla.__version__)
-for missing in ("from fla.ops.delta_rule import chunk_delta_rule", "from fla.layers import GatedLinearAttention"):
+for missing in ("from fla.ops.rwkv7 import chunk_rwkv7", "from fla.layers import GatedLinearAttention"):
     try:
         exec(missing)
     except ImportError as error:
@@ -308,4 +311,4 @@ seqkern.compat.uninstall()
 print(any(name.partition(".")[0] == "fla" for name in sys.modules))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["True", "0.2.1", "ImportError", "ImportError", "False"]
+    assert result.stdout.split() == ["True", "0.5.2", "ImportError", "ImportError", "False"]

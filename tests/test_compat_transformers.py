@@ -246,3 +246,56 @@ def test_layers_beside_attention(name, tokens):
         options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
         assert torch.equal(ours.generate(ids, **options), model.generate(ids, **options))
     assert {f"{scan}_{kind}" for kind in ("fwd", "bwd", "step")} <= calls.counts.keys()
+
+
+EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+DELTA_RULES = {  # the module, the layers with a delta rule, and sizes
+    "Qwen3Next": (
+        "qwen3_next",
+        3,
+        {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5}
+        | {"num_experts": 4, "shared_expert_intermediate_size": 16, "head_dim": 8},
+    ),
+    "KimiLinear": (
+        "kimi_linear",
+        3,
+        {"linear_num_heads": 3, "linear_head_dim": 6, "num_local_experts": 4, "bos_token_id": 1}
+        | {"layer_types": 3 * ["linear_attention"] + ["full_attention"]}
+        | {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DELTA_RULES)
+def test_delta_rules_beside_attention(name, tokens):
+    """Every layer's rule is one call of seqkern forward, one backward, and a step for each cached token."""
+    import transformers
+
+    module, layers, sizes = DELTA_RULES[name]
+    own = modeling(module, "own")
+    with compat.installed(force=True):
+        on_seqkern = modeling(module, "on_seqkern")
+    sizes = ATTENTION | EXPERTS | sizes | {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 4}
+    config = getattr(transformers, f"{name}Config")(**sizes, pad_token_id=0, eos_token_id=None)
+    model, ours = same_models(own, on_seqkern, f"{name}ForCausalLM", config)
+    ids, mask = tokens
+    logits, expected = gradients(model, ids, mask)
+    with Calls() as calls:
+        our_logits, actual = gradients(ours, ids, mask)
+    close(our_logits, logits)
+    assert actual.keys() == expected.keys()
+    for parameter, grad in actual.items():
+        assert (grad is None) == (expected[parameter] is None)  # experts that no token chose
+        if grad is not None:
+            close(grad, expected[parameter])
+    kernels = [f"{operator}_{kind}" for operator in ("causal_conv1d", "delta_rule") for kind in ("fwd", "bwd")]
+    assert calls.counts == dict.fromkeys(kernels, layers)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_logits": True}
+    with Calls() as calls:
+        generated = ours.generate(ids, **options)
+    theirs = model.generate(ids, **options)
+    assert torch.equal(generated.sequences, theirs.sequences)
+    close(torch.stack(generated.logits), torch.stack(theirs.logits))
+    assert calls.counts["delta_rule_fwd"] == layers and calls.counts["delta_rule_step"] == 5 * layers
+    assert calls.counts["causal_conv1d_step"] == 5 * layers

@@ -127,6 +127,8 @@ ATTENTION = {
     "mamba2": ["causal_conv1d", "causal_conv1d_step", "ssd", "ssd_step"],
     "gla": ["gla", "linear_attention_step"],
     "retnet": ["linear_attention", "linear_attention_step"],
+    "gated_delta_net": ["causal_conv1d", "causal_conv1d_step", "delta_rule", "delta_rule_step"],
+    "kda": ["causal_conv1d", "causal_conv1d_step", "delta_rule", "delta_rule_step"],
     "mlstm": ["causal_conv1d", "causal_conv1d_step", "mlstm", "mlstm_step"],
 }
 

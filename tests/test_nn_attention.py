@@ -25,11 +25,11 @@ def loop(token, x, state):
     return torch.stack(outputs, dim=1), state
 
 
-def convolved(layer, taps, value):
+def convolved(conv1d, taps, value):
     """(what the convolution gives, after SiLU, its last inputs)."""
     taps = torch.cat([taps, value[..., None]], dim=-1)
-    conv = (taps * layer.conv1d.weight[:, 0]).sum(-1)
-    return F.silu(conv if layer.conv1d.bias is None else conv + layer.conv1d.bias), taps[..., 1:]
+    conv = (taps * conv1d.weight[:, 0]).sum(-1)
+    return F.silu(conv if conv1d.bias is None else conv + conv1d.bias), taps[..., 1:]
 
 
 def rms(x, eps):
@@ -52,7 +52,7 @@ def mamba2(layer, x, state):
     def token(x_t, state):
         taps, h = state
         gate, unit, z, value, dt = layer.in_proj(x_t).split([mlp, mlp, H * P, H * P + 2 * G * N, H], dim=-1)
-        mixed, taps = convolved(layer, taps, value)
+        mixed, taps = convolved(layer.conv1d, taps, value)
         u, b, c = mixed.split([H * P, G * N, G * N], dim=-1)
         u, b, c = u.view(-1, H, P), *(t.view(-1, G, N).repeat_interleave(H // G, dim=1) for t in (b, c))
         dt = torch.log(1 + torch.exp(dt + layer.dt_bias)).clamp(*layer.dt_limit)
@@ -79,6 +79,38 @@ def gla(layer, x, S):
         return layer.o_proj((o * F.silu(heads(layer, layer.g_proj(x_t)))).flatten(1)), S
 
     return loop(token, x, S)
+
+
+def delta(layer, x, state):
+    """Gated DeltaNet and KDA."""
+    H, HV, K = layer.num_heads, layer.num_v_heads, layer.key_size
+    per_key = isinstance(layer, seqkern.nn.KDA)
+
+    def token(x_t, state):
+        taps, S = state
+        sizes = [H * K, H * K, taps.shape[1] - 2 * H * K]
+        projections, convs = (
+            (layer.q_proj, layer.k_proj, layer.v_proj),
+            (layer.q_conv1d, layer.k_conv1d, layer.v_conv1d),
+        )
+        both = zip(convs, taps.split(sizes, dim=1), projections, strict=True)
+        (q, k, v), taps = zip(*(convolved(conv, own, project(x_t)) for conv, own, project in both), strict=True)
+        q, k = (t.view(-1, H, K) / torch.sqrt(t.view(-1, H, K).square().sum(-1, keepdim=True) + 1e-6) for t in (q, k))
+        q, k = (t.repeat_interleave(HV // H, dim=1) for t in (q, k))
+        v = v.view(-1, HV, layer.value_size)
+        beta = (2 if layer.allow_neg_eigval else 1) * torch.sigmoid(layer.b_proj(x_t))
+        a = layer.f_proj[1](layer.f_proj[0](x_t)) if per_key else layer.a_proj(x_t)
+        dt = torch.log(1 + torch.exp(a + layer.dt_bias)).view(-1, HV, K if per_key else 1)
+        S = torch.exp(-layer.A_log.exp()[:, None] * dt)[..., None] * S
+        S = S + k[..., None] * (beta[..., None] * (v - (k[..., None] * S).sum(-2)))[..., None, :]
+        o = rms((q[..., None] * S).sum(-2) / math.sqrt(K), 1e-5) * layer.o_norm.weight
+        if per_key:
+            o = o * torch.sigmoid(layer.g_proj[1](layer.g_proj[0](x_t))).view(o.shape)
+        elif layer.g_proj is not None:
+            o = o * F.silu(layer.g_proj(x_t)).view(o.shape)
+        return layer.o_proj(o.flatten(1)), (torch.cat(taps, dim=1), S)
+
+    return loop(token, x, state)
 
 
 def retnet(layer, x, state):
@@ -112,7 +144,7 @@ def mlstm(layer, x, state):
     def token(x_t, state):
         taps, C, n, m = state
         u, z = layer.proj_up(x_t).split(layer.inner, dim=-1)
-        c, taps = convolved(layer, taps, u)
+        c, taps = convolved(layer.conv1d, taps, u)
         q, k, v = c @ Q.mT, c @ K.mT, u @ V.mT
         i, f = (gate(torch.cat([q, k, v], dim=1)) for gate in (layer.igate, layer.fgate))
         q, k, v = (heads(layer, t) for t in (q / math.sqrt(layer.head_size), k, v))
@@ -132,11 +164,15 @@ def mlstm(layer, x, state):
 
 SMALL = {"d_state": 5, "d_conv": 3, "headdim": 4, "dt_max": 1.0}
 OTHER = {"ngroups": 2, "headdim": 6, "D_has_hdim": True, "norm_before_gate": True, "dt_limit": (0.02, 0.9)}
+GROUPED = {"head_size": 4, "num_v_heads": 4, "expand_v": 1.5, "conv_bias": True, "allow_neg_eigval": True}
 LAYERS = {
     "Mamba2": (lambda **f: seqkern.nn.Mamba2(DIM, **SMALL, **f), mamba2),
     "Mamba2-groups": (lambda **f: seqkern.nn.Mamba2(DIM, **SMALL | OTHER, conv_bias=False, bias=True, **f), mamba2),
     "Mamba2-mlp": (lambda **f: seqkern.nn.Mamba2(DIM, **SMALL, d_ssm=16, rmsnorm=False, **f), mamba2),
     "GLA": (lambda **f: seqkern.nn.GLA(DIM, 2, expand_v=2, gate_rank=5, gate_normalizer=3, **f), gla),
+    "GatedDeltaNet": (lambda **f: seqkern.nn.GatedDeltaNet(DIM, 2, d_conv=3, **f), delta),
+    "GatedDeltaNet-grouped": (lambda **f: seqkern.nn.GatedDeltaNet(DIM, 2, **GROUPED, use_gate=False, **f), delta),
+    "KDA": (lambda **f: seqkern.nn.KDA(DIM, 2, **GROUPED, **f), delta),
     "RetNet": (lambda **f: seqkern.nn.RetNet(DIM, 3, base=50, **f), retnet),
     "MLSTM": (lambda **f: seqkern.nn.MLSTM(DIM, 3, **f), mlstm),
     "MLSTM-blocks": (lambda **f: seqkern.nn.MLSTM(DIM, 2, expand=1, block_size=3, conv_bias=False, **f), mlstm),
@@ -330,6 +366,34 @@ def test_gla_has_the_parameters_of_fla():
     assert uniform(layer.q_proj.weight, -bound, bound) and uniform(layer.k_proj.weight, -bound, bound)
     with pytest.raises(ValueError, match="GLA: expand_k"):
         seqkern.nn.GLA(64, num_heads=5)
+
+
+def test_delta_layers_have_the_parameters_of_fla():
+    torch.manual_seed(0)
+    both = {
+        **{"q_proj.weight": (64, 32), "k_proj.weight": (64, 32), "v_proj.weight": (256, 32), "b_proj.weight": (4, 32)},
+        **{"q_conv1d.weight": (64, 1, 4), "k_conv1d.weight": (64, 1, 4), "v_conv1d.weight": (256, 1, 4)},
+        **{"A_log": (4,), "o_norm.weight": (64,), "o_proj.weight": (32, 256)},
+    }
+    sizes = {"num_heads": 2, "head_size": 32, "num_v_heads": 4}
+    layer = seqkern.nn.GatedDeltaNet(32, **sizes)
+    assert shapes_of(layer) == both | {"dt_bias": (4,), "a_proj.weight": (4, 32), "g_proj.weight": (256, 32)}
+    kda = seqkern.nn.KDA(32, **sizes, expand_v=2)
+    assert shapes_of(kda) == both | {
+        **{"dt_bias": (4 * 32,), "f_proj.0.weight": (64, 32), "f_proj.1.weight": (128, 64)},
+        **{"g_proj.0.weight": (64, 32), "g_proj.1.weight": (256, 64), "g_proj.1.bias": (256,)},
+    }
+    for layer, rate in ((seqkern.nn.GatedDeltaNet(512, 512), 0), (seqkern.nn.KDA(512, 512), 1)):
+        assert uniform(layer.A_log.exp(), rate, 16) and layer.A_log.isfinite().all()
+        assert uniform(F.softplus(layer.dt_bias).log(), math.log(0.001), math.log(0.1))
+        assert layer.A_log._no_weight_decay and layer.dt_bias._no_weight_decay
+        name = type(layer).__name__
+        with pytest.raises(ValueError, match=f"{name}: dim must be a multiple of num_heads=5, got 32"):
+            type(layer)(32, 5)
+        with pytest.raises(ValueError, match=f"{name}: num_v_heads must be a multiple of num_heads=2, got 3"):
+            type(layer)(32, 2, num_v_heads=3)
+        with pytest.raises(ValueError, match=f"{name}: expand_v times the size of a head must be whole"):
+            type(layer)(32, 2, expand_v=1.3)
 
 
 def test_retnet_initial_values():

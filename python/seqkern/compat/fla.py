@@ -1,4 +1,5 @@
-"""The linear attention functions of the package fla (flash-linear-attention), as `seqkern.linear_attention`.
+"""The linear attention and the delta rules of the package fla (flash-linear-attention), as `seqkern.linear_attention`
+and `seqkern.delta_rule`.
 
 Names, argument orders and layouts are those of fla 0.5.2: tensors are (B, T, H, ...), states (N, H, K, V), decays are
 logarithms, scale is K^-0.5 where it is None, and every function returns (o, final state or None). Beyond it: CPU,
@@ -9,7 +10,11 @@ float64, key heads that serve several value heads, initial states in any dtype, 
   what changes nothing: `chunk_size`, `cu_seqlens_cpu`.
 - The normalised linear attention returns None instead of (None, z) where no final state is asked for, and z in float32.
 - `fused_chunk_gla` works. `output_attentions` raises a NotImplementedError: no attention matrix is made.
-- Decays of values (`gv` of `fused_recurrent_gla`) cost a head for each value: right, and slow.
+- Decays of values (`gv` of `fused_recurrent_gla` and `fused_recurrent_gated_delta_rule`) cost a head for each value:
+  right, and slow.
+- Gates and sigmoids that fla computes "in kernel" are plain torch here. `safe_gate` and `disable_recompute` change
+  nothing, `cp_context` and `return_intermediate_states` raise a NotImplementedError.
+- `fused_recurrent_gated_delta_rule` has a backward. One token behind a state, without gradients, is a step.
 - Bad arguments raise seqkern's errors.
 
 The other functions of fla, its layers and models are not here: importing them raises an ImportError.
@@ -21,10 +26,22 @@ import torch
 from torch import Tensor
 
 from ..ops.linear_attention import linear_attention, retention
+from ._fla_arguments import States, check_arguments, pair, sequence_options
+from ._fla_delta import (  # noqa: F401
+    chunk_delta_rule,
+    chunk_gated_delta_rule,
+    chunk_kda,
+    fused_recurrent_delta_rule,
+    fused_recurrent_gated_delta_rule,
+    fused_recurrent_kda,
+)
 
-VERSION = "0.2.1"  # programs that find a later one import the gated delta rule unasked
+VERSION = "0.5.2"
 _KINDS = {
+    "delta_rule": ("chunk", "fused_recurrent"),
+    "gated_delta_rule": ("chunk", "fused_recurrent"),
     "gla": ("chunk", "fused_chunk", "fused_recurrent"),
+    "kda": ("chunk", "fused_recurrent"),
     "lightning_attn": ("chunk", "fused_recurrent"),
     "linear_attn": ("chunk", "fused_chunk", "fused_recurrent"),
     "retention": ("chunk", "fused_chunk", "fused_recurrent", "parallel"),
@@ -37,7 +54,6 @@ MODULES = {
     **{f"fla.ops.{name}": tuple(f"{kind}_{name}" for kind in kinds) for name, kinds in _KINDS.items()},
     **{f"fla.ops.{name}.{kind}": (f"{kind}_{name}",) for name, kinds in _KINDS.items() for kind in kinds},
 }
-States = tuple[Tensor, Tensor | None]
 
 
 def chunk_linear_attn(
@@ -95,13 +111,13 @@ def fused_recurrent_linear_attn(
 def _linear_attn(q, k, v, scale, initial_state, output_final_state, reverse, normalize, cu_seqlens):
     options = {"return_final_state": output_final_state, "cu_seqlens": cu_seqlens, "reverse": reverse}
     if not normalize:
-        return _pair(linear_attention(q, k, v, scale=scale, initial_state=initial_state, **options))
+        return pair(linear_attention(q, k, v, scale=scale, initial_state=initial_state, **options))
     if initial_state is not None:
         S, z = initial_state if isinstance(initial_state, tuple) else (initial_state, None)
         initial_state = S, S.new_zeros(S.shape[:3]) if z is None else z.squeeze(1)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     options |= {"normalize": True, "eps": 1e-10 / scale, "initial_state": initial_state}  # the scales cancel otherwise
-    o, state = _pair(linear_attention(q, k, v, **options))
+    o, state = pair(linear_attention(q, k, v, **options))
     return o, None if state is None else (state[0], state[1][:, None])
 
 
@@ -127,7 +143,7 @@ def chunk_simple_gla(
         initial_state: (N, H, K, V), or with state_v_first (N, H, V, K), as the final one.
         cu_seqlens: (N + 1,): sequences in a batch of one.
     """
-    _check("chunk_simple_gla", kwargs)
+    check_arguments("chunk_simple_gla", kwargs)
     return _attend(q, k, v, _both(g, g_gamma), scale, initial_state, output_final_state, cu_seqlens, state_v_first)
 
 
@@ -161,7 +177,7 @@ def fused_recurrent_simple_gla(
     **kwargs,
 ) -> States:
     """`chunk_simple_gla` in either direction."""
-    v_first = _check("fused_recurrent_simple_gla", kwargs, state_v_first)
+    v_first = check_arguments("fused_recurrent_simple_gla", kwargs, state_v_first)
     decay = _both(g, g_gamma)
     return _attend(q, k, v, decay, scale, initial_state, output_final_state, cu_seqlens, v_first, reverse)
 
@@ -178,7 +194,7 @@ def parallel_simple_gla(
     **kwargs,
 ) -> States:
     """`chunk_simple_gla` without states: (o, None)."""
-    _check("parallel_simple_gla", kwargs)
+    check_arguments("parallel_simple_gla", kwargs)
     _check_attentions("parallel_simple_gla", output_attentions)
     return _attend(q, k, v, g, scale, None, False, cu_seqlens)
 
@@ -200,7 +216,7 @@ def chunk_retention(
         initial_state: (N, H, K, V).
         cu_seqlens: (N + 1,): sequences in a batch of one.
     """
-    _check("chunk_retention", kwargs)
+    check_arguments("chunk_retention", kwargs)
     return _retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -215,7 +231,7 @@ def fused_chunk_retention(
     **kwargs,
 ) -> States:
     """`chunk_retention`."""
-    _check("fused_chunk_retention", kwargs)
+    check_arguments("fused_chunk_retention", kwargs)
     return _retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens)
 
 
@@ -232,7 +248,7 @@ def fused_recurrent_retention(
     **kwargs,
 ) -> States:
     """`chunk_retention` in either direction; with state_v_first states are (N, H, V, K)."""
-    v_first = _check("fused_recurrent_retention", kwargs, state_v_first)
+    v_first = check_arguments("fused_recurrent_retention", kwargs, state_v_first)
     return _retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, v_first, reverse)
 
 
@@ -246,7 +262,7 @@ def parallel_retention(
     **kwargs,
 ) -> States:
     """`chunk_retention` without states: (o, None)."""
-    _check("parallel_retention", kwargs)
+    check_arguments("parallel_retention", kwargs)
     _check_attentions("parallel_retention", output_attentions)
     return _retention(q, k, v, scale, None, False, cu_seqlens)
 
@@ -270,7 +286,7 @@ def chunk_lightning_attn(
         initial_state: (N, H, K, V).
         cu_seqlens: (N + 1,): sequences in a batch of one.
     """
-    _check("chunk_lightning_attn", kwargs)
+    check_arguments("chunk_lightning_attn", kwargs)
     decay = _lightning(v, layer_idx, num_layers)
     return _attend(q, k, v, decay, scale, initial_state, output_final_state, cu_seqlens)
 
@@ -289,7 +305,7 @@ def fused_recurrent_lightning_attn(
     **kwargs,
 ) -> States:
     """`chunk_lightning_attn` in either direction."""
-    _check("fused_recurrent_lightning_attn", kwargs)
+    check_arguments("fused_recurrent_lightning_attn", kwargs)
     decay = _lightning(v, layer_idx, num_layers)
     return _attend(q, k, v, decay, scale, initial_state, output_final_state, cu_seqlens, reverse=reverse)
 
@@ -351,7 +367,7 @@ def fused_recurrent_gla(
     **kwargs,
 ) -> States:
     """`chunk_gla` in either direction, with log decays of keys gk (B, T, H, K), of values gv (B, T, H, V), or both."""
-    v_first = _check("fused_recurrent_gla", kwargs, state_v_first)
+    v_first = check_arguments("fused_recurrent_gla", kwargs, state_v_first)
     if gv is None:
         return _attend(q, k, v, gk, scale, initial_state, output_final_state, cu_seqlens, v_first, reverse)
     # Every value is a value head of its own, of size 1, whose state is (N, H V, K, 1).
@@ -390,7 +406,7 @@ def chunk_rwkv6(
         initial_state: (N, H, K, V).
         cu_seqlens: (N + 1,): sequences in a batch of one.
     """
-    _check("chunk_rwkv6", kwargs)
+    check_arguments("chunk_rwkv6", kwargs)
     bonus = {"read": "previous", "bonus": u}
     return _attend(r, k, v, w, scale, initial_state, output_final_state, cu_seqlens, **bonus)
 
@@ -409,7 +425,7 @@ def fused_recurrent_rwkv6(
     **kwargs,
 ) -> States:
     """`chunk_rwkv6` in either direction."""
-    _check("fused_recurrent_rwkv6", kwargs)
+    check_arguments("fused_recurrent_rwkv6", kwargs)
     bonus = {"read": "previous", "bonus": u}
     return _attend(r, k, v, w, scale, initial_state, output_final_state, cu_seqlens, reverse=reverse, **bonus)
 
@@ -417,44 +433,18 @@ def fused_recurrent_rwkv6(
 def _attend(
     q, k, v, decay, scale, initial_state, output_final_state, cu_seqlens, v_first=False, reverse=False, **read
 ) -> States:
-    options = _options(scale, initial_state, output_final_state, cu_seqlens, v_first, reverse)
-    return _pair(linear_attention(q, k, v, decay, **options, **read), v_first)
+    options = sequence_options(scale, initial_state, output_final_state, cu_seqlens, v_first, reverse)
+    return pair(linear_attention(q, k, v, decay, **options, **read), v_first)
 
 
 def _retention(q, k, v, scale, initial_state, output_final_state, cu_seqlens, v_first=False, reverse=False) -> States:
-    options = _options(scale, initial_state, output_final_state, cu_seqlens, v_first, reverse)
-    return _pair(retention(q, k, v, **options), v_first)
-
-
-def _options(scale, initial_state, output_final_state, cu_seqlens, v_first, reverse) -> dict:
-    if v_first and initial_state is not None:
-        initial_state = initial_state.mT
-    packing = {"cu_seqlens": cu_seqlens, "reverse": reverse}
-    return {"scale": scale, "initial_state": initial_state, "return_final_state": output_final_state, **packing}
-
-
-def _pair(outputs, v_first: bool = False):
-    """(o, final state or None)."""
-    if isinstance(outputs, Tensor):
-        return outputs, None
-    o, state = outputs
-    return o, state.mT if v_first else state
+    options = sequence_options(scale, initial_state, output_final_state, cu_seqlens, v_first, reverse)
+    return pair(retention(q, k, v, **options), v_first)
 
 
 def _both(g: Tensor | None, g_gamma: Tensor | None) -> Tensor | None:
     """The decay of both, (B, T, H) or (H,)."""
     return g_gamma if g is None else g if g_gamma is None else g + g_gamma
-
-
-def _check(name: str, kwargs: dict, state_v_first: bool = False) -> bool:
-    """Whether values come first in states, by either name; arguments that fla has given up raise what it raises."""
-    if "head_first" in kwargs:
-        raise DeprecationWarning(f"{name}: there is no head_first; tensors are (B, T, H, ...)")
-    if not kwargs.get("transpose_state_layout"):
-        return state_v_first
-    if state_v_first:
-        raise ValueError(f"{name}: transpose_state_layout is the old name of state_v_first; give one of them")
-    return True
 
 
 def _check_attentions(name: str, output_attentions: bool) -> None:

@@ -2,6 +2,7 @@
 
 from .aaren import Aaren
 from .conv import GatedConv
+from .delta import KDA, GatedDeltaNet
 from .gla import GLA
 from .hgrn import HGRN, HGRNLowerBounds
 from .lru import LRU
@@ -16,12 +17,14 @@ from .s5 import S5
 __all__ = [
     "GLA",
     "HGRN",
+    "KDA",
     "LRU",
     "MLSTM",
     "RGLRU",
     "S5",
     "Aaren",
     "GatedConv",
+    "GatedDeltaNet",
     "HGRNLowerBounds",
     "Mamba",
     "Mamba2",

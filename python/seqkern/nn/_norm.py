@@ -18,6 +18,7 @@ def gated_norm(
     group_size: int | None = None,
     norm_before_gate: bool = True,
     centred: bool = False,
+    activation: str = "silu",
 ) -> Tensor:
     """norm(x) silu(gate), or norm(x silu(gate)); in float32 (float64 for float64 x), the result in the dtype of x.
 
@@ -25,9 +26,10 @@ def gated_norm(
         x, gate: (..., D). weight, bias: (D,).
         group_size: channels that are normed together; None is all D.
         centred: layer norm; else RMS norm.
+        activation: of the gate, "silu" or "sigmoid".
     """
     dtype = accumulator(x.dtype)
-    y, gate = x.to(dtype), None if gate is None else F.silu(gate.to(dtype))
+    y, gate = x.to(dtype), None if gate is None else getattr(F, activation)(gate.to(dtype))
     if gate is not None and not norm_before_gate:
         y = y * gate
     groups = y.unflatten(-1, (-1, group_size or y.shape[-1]))
@@ -47,6 +49,7 @@ class RMSNormGated(nn.Module):
         hidden_size: channels, D.
         group_size: channels that are normed together; None is all.
         norm_before_gate: norm(x) silu(gate); else norm(x silu(gate)).
+        activation: of the gate, "silu" or "sigmoid".
     """
 
     def __init__(
@@ -55,11 +58,13 @@ class RMSNormGated(nn.Module):
         eps: float = 1e-5,
         group_size: int | None = None,
         norm_before_gate: bool = True,
+        activation: str = "silu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
+        self.activation = activation
         self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.reset_parameters()
@@ -69,7 +74,8 @@ class RMSNormGated(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """x, z: (..., D); z is the gate, or None."""
-        return gated_norm(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
+        options = self.eps, self.group_size, self.norm_before_gate
+        return gated_norm(x, self.weight, self.bias, z, *options, activation=self.activation)
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, group_size={self.group_size}, norm_before_gate={self.norm_before_gate}"
