@@ -29,6 +29,15 @@ class Counter(nn.Module):
         return self.read(o.view(B, L, self.steps, -1)[:, :, -1])
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nothing here is large enough for two, which would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def accuracy(modulus, steps, largest_beta, seed):
     """Of the second half of sums modulo `modulus`, after training."""
     torch.manual_seed(seed)
