@@ -56,6 +56,7 @@ template <typename C>
 __device__ __forceinline__ void clear_sums(const Scan<C>& scan, const Rows<typename C::R>& rows, const Cut& cut,
                                            const WarpPlace& warp, int64_t slices, int64_t row) {
   const BwdParams& p = scan.p;
+#pragma unroll 1
   for (int64_t slice = 0; slice < slices; ++slice) {
     scan.lane.store_state(scan.dA, p, cut, warp, slice, rows.dA, row);
     if (!C::kPlain && p.B.constant()) scan.lane.store_state(scan.dB, p, cut, warp, slice, rows.dB, row);
@@ -76,12 +77,14 @@ __device__ __forceinline__ void store_channel_sums(const Shared<C>& shared, cons
   const auto [piece, channel] = divide(block.channel, cut.piece);
   const int64_t channel_block = piece * cut.blocks + channel / (cut.warps * kWarpChannels);
   const int64_t row = (channel_block * p.sequences.batch + block.b) * p.states;
+#pragma unroll 1
   for (int i = threadIdx.x; i < C::kSums * kTokens; i += blockDim.x) {
     const int t = time.token(i % kTokens), j = i / kTokens, half = C::kSums / 2;
     const bool is_C = j >= half;
     const int64_t s = slice * L::kSlice + j % half / L::kParts;
     if (!time.has(t) || s >= p.states || (is_C ? p.C : p.B).constant()) continue;
     R sum = R(0);
+#pragma unroll 1
     for (int warp = 0; warp < cut.warps * C::kTile.sharing; ++warp) sum += shared.warp[warp].sums[t][j];
     const int64_t at = (row + s) * p.sequences.length + memory_place(p.sequences, time.tau + t);
     store(static_cast<R*>(p.workspace) + (is_C ? w.dC : w.dB) + at * L::kParts + j % L::kParts, sum);
@@ -119,10 +122,7 @@ __global__ void __launch_bounds__(C::kWarps* kWarpSize, C::kTile.blocks_per_sm)
   if (p.D && scan.own_channel < warp.count) scan.D = load<R>(p.D, warp.channel + scan.own_channel);
 
   clear_sums(scan, rows, cut, warp, slices, segment);
-  if (!waits) {
-    scan.lane.load_A(scan.A, p, warp, 0);
-    if (cut.segments > 1) scan.lane.load_state(scan.carry, p, cut, warp, 0, rows.carry, segment);
-  }
+  bool starts = true;  // until A and the carry that enters the segment are in registers
 
   for (int64_t at = block.last_tile - 1; at >= block.first_tile; --at) {
     const TimeTile time(p.sequences, at);
@@ -160,17 +160,19 @@ __global__ void __launch_bounds__(C::kWarps* kWarpSize, C::kTile.blocks_per_sm)
         if (padding || warp.count == 0) {
           scan.clear_sums();
         } else {
-          if (waits) {
-            scan.lane.load_A(scan.A, p, warp, slice);
-            if (!ends) scan.lane.load_state(scan.carry, p, cut, warp, slice, rows.carry, segment);
-          }
-          if (ends) scan.lane.load_row(scan.carry, p, warp, slice, p.dlast_state, p.dlast_state ? final : -1);
+          if (starts || waits) scan.lane.load_A(scan.A, p, warp, slice);
+          if (ends)
+            scan.lane.load_row(scan.carry, p, warp, slice, {p.dlast_state.data, kDType<R>}, p.dlast_state ? final : -1);
+          else if (waits || (starts && cut.segments > 1))
+            scan.lane.load_state(scan.carry, p, cut, warp, slice, rows.carry, segment);
+          starts = false;
           if (begins)
             scan.lane.load_row(scan.h, p, warp, slice, p.initial_state, p.initial_state ? initial : -1);
           else
             scan.lane.load_state(scan.h, p, cut, warp, slice, p.checkpoints, block.b * num_chunks(p.sequences) + at);
 
           const int first = begin / C::kWindow, last = (end - 1) / C::kWindow;
+#pragma unroll 1
           for (int window = first; window <= last; ++window) {
             scan.keep(window);
             if (window < last) scan.advance(window);

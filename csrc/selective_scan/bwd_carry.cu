@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kWarpSize, 8)
         if (marks.padding >> begin & 1u) continue;
         if (marks.ends >> (end - 1) & 1u) {
           const int64_t row = p.dlast_state ? marks.final_row(p.sequences, block.b, time, end - 1) : -1;
-          lane.load_row(carry, p, warp, slice, p.dlast_state, row);
+          lane.load_row(carry, p, warp, slice, {p.dlast_state.data, kDType<R>}, row);
           L::fill(decays, static_cast<R>(NAN));
         }
 #pragma unroll 2

@@ -253,9 +253,7 @@ __global__ void __launch_bounds__(kCarryThreads, 4)
   if (row >= in.sequences.count) return;
   const Span span = span_of_state(in.sequences, row, true, 0);
   if (span.begin < span.end) return;
-  visit(to, [&]<typename T>(T* data) {
-    store(data + global_thread(), from ? load<T>(from, global_thread()) : static_cast<T>(0.0f));
-  });
+  store(to, global_thread(), from ? load<double>(from, global_thread()) : 0.0);  // fp64 holds every type
 }
 
 struct Instance {
