@@ -63,6 +63,8 @@ def pytest_generate_tests(metafunc):
     operators = OPERATORS
     if metafunc.definition.get_closest_marker("seq_idx"):
         operators = [operator for operator in OPERATORS if "seq_idx" in operator.factors["packing"]]
+    if metafunc.definition.get_closest_marker("one_per_folder"):
+        operators = list({operator.raw: operator for operator in reversed(operators)}.values())[::-1]
     if {"operator", "packed_as"} <= set(metafunc.fixturenames):
         pairs = [(operator, packing) for operator in operators for packing in operator.factors["packing"]]
         metafunc.parametrize(("operator", "packed_as"), pairs, ids=["{}-{}".format(*pair) for pair in pairs])

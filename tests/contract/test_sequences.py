@@ -1,6 +1,7 @@
 """What recurrences promise about time, packing and batches, mostly to the last bit."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -238,8 +239,8 @@ def test_a_changed_cotangent_changes_no_gradient_behind_it(operator, device):
         assert not torch.equal(before[f"d{name}"].select(time, t), after[f"d{name}"].select(time, t))
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+# Where time runs backwards NaN alone shows which tokens are reached: what becomes of infinity is the same arithmetic.
+@pytest.mark.parametrize("reverse, bad", [(False, math.nan), (True, math.nan), (False, math.inf), (False, -math.inf)])
 def test_nan_and_inf_stay_in_their_sequence(operator, device, packed_as, reverse, bad):
     options = {"activation": "silu"} if "activation" in operator.factors else {}
     case = operator.full_case(packing=packed_as, reverse=reverse, **options)

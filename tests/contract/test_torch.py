@@ -153,6 +153,7 @@ def test_peak_allocation(operator, clean_memory, factors):
     assert backward <= gradients + operator.workspace_bytes(inputs)
 
 
+@pytest.mark.one_per_folder
 def test_more_than_two_to_the_31_elements(operator, clean_memory):
     """Offsets are 64 bit: rows repeated by strides of zero all come out like the first, forward and backward."""
     long = {"L": 2**19, "B": 2}
