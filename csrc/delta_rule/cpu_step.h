@@ -98,23 +98,23 @@ struct Step {
     load_values(p.v, of.b, of.head, first, values, x.v);
     visit_dtype(p.S.dtype, [&]<class T>() {
       T* const S = static_cast<T*>(p.S.data) + of.row * p.S.b + of.head * p.S.h + first * p.S_v;
-      if (in_place) return advance_strip(of, S, p.S.i, values, first + kStrip < p.size ? kStrip : p.S.h - first, x);
+      if (in_place) return advance_strip(of, S, p.S.i, values, x);
       for (int64_t k = 0; k < p.keys; ++k) convert(S + k * p.S.i, p.S_v, values, x.S + k * kStrip);
-      advance_strip(of, x.S, kStrip, values, 0, x);
+      advance_strip(of, x.S, kStrip, values, x);
       for (int64_t k = 0; k < p.keys; ++k) store_all(x.S + k * kStrip, S + k * p.S.i, p.S_v, values);
     });
   }
   template <class T>
-  void advance_strip(const Head& of, T* S, int64_t stride, int64_t values, int64_t next, const Arrays& x) const {
+  void advance_strip(const Head& of, T* S, int64_t stride, int64_t values, const Arrays& x) const {
     if (values == kStrip)
-      advance_columns<true>(of, S, stride, values, next, x);
+      advance_columns<true>(of, S, stride, values, x);
     else
-      advance_columns<false>(of, S, stride, values, next, x);
+      advance_columns<false>(of, S, stride, values, x);
   }
 
-  // S (K, values), rows `stride` apart. The next strip begins `next` further on.
+  // S (K, values), rows `stride` apart.
   template <bool kWhole, class T>
-  void advance_columns(const Head& of, T* S, int64_t stride, int64_t values, int64_t next, const Arrays& x) const {
+  void advance_columns(const Head& of, T* S, int64_t stride, int64_t values, const Arrays& x) const {
     int lanes[kVectors];
     for (int j = 0; j < kVectors; ++j)
       lanes[j] = kWhole ? kLanes<A> : static_cast<int>(at_least(0, at_most(kLanes<A>, values - j * kLanes<A>)));
@@ -134,12 +134,12 @@ struct Step {
       u[j] = of.beta * (load<A>(x.v + j * kLanes<A>) - of_e[j]);
       store<A>(x.o + j * kLanes<A>, static_cast<A>(p.scale) * madd(splat(of.q_k), u[j], of_q[j]));
     }
-    // [decay] [write]
-    for (int64_t k = 0; k < p.keys; ++k) {
+    // [decay] [write], first of the rows that were read last: with rows 512 bytes apart not all of a strip stay in the
+    // cache
+    for (int64_t k = p.keys - 1; k >= 0; --k) {
       const Vec<A> decay = splat(x.decay[k]), of_k = splat(x.k[k]);
       for (int j = 0; j < kVectors; ++j) {
         T* const at = S + k * stride + j * kLanes<A>;
-        prefetch_write(at, next * static_cast<int64_t>(sizeof(T)));
         if constexpr (kWhole)
           store<A>(at, madd(of_k, u[j], decay * load<A>(at)));
         else
