@@ -30,7 +30,8 @@ def plain_causal_conv1d(x, weight, bias, activation, *, dilation=1, **absent):
 def plain_causal_conv1d_step(x, conv_state, weight, bias, activation, *, dilation=1):
     history = torch.cat([conv_state, x[..., None]], dim=2)
     conv_state.copy_(history[..., 1:])
-    return F.silu((history[..., ::dilation] * weight).sum(-1) + bias).to(x.dtype)
+    y = (history[..., ::dilation] * weight).sum(-1)
+    return F.silu(y if bias is None else y + bias).to(x.dtype)
 
 
 def plain_selective_scan(u, delta, A, B, C, D, z, delta_bias, *flags, **absent):

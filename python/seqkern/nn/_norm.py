@@ -58,9 +58,9 @@ class RMSNormGated(nn.Module):
         eps: float = 1e-5,
         group_size: int | None = None,
         norm_before_gate: bool = True,
-        activation: str = "silu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        activation: str = "silu",
     ):
         super().__init__()
         self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
