@@ -71,10 +71,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def sizes_of(family: str, hidden: int, layers: int) -> dict:
     sizes = {"vocab_size": 8, "hidden_size": hidden, "num_hidden_layers": layers}
-    if family == "qwen3_next":  # its layers with a gated delta rule only, and no experts
+    if family == "qwen3_next":  # layers with a gated delta rule, one with attention, which its cache needs, no experts
         heads = {"linear_num_key_heads": hidden // 256, "linear_num_value_heads": hidden // 128}
-        only = {"layer_types": layers * ["linear_attention"], "mlp_only_layers": list(range(layers))}
-        return sizes | heads | only | {"intermediate_size": 2 * hidden}
+        kinds = [*layers * ["linear_attention"], "full_attention"]
+        kinds = {"layer_types": kinds, "num_hidden_layers": len(kinds), "mlp_only_layers": list(range(len(kinds)))}
+        return sizes | heads | kinds | {"intermediate_size": 2 * hidden}
     if family == "mamba2":  # of mamba2-130m, in chunks that suit transformers' plain torch best
         sizes |= {"head_dim": 64, "num_heads": 2 * hidden // 64, "n_groups": 1, "chunk_size": 64}
     return sizes | {"residual_in_fp32": False}
