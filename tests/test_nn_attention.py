@@ -6,12 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import DIM, B, map_parts, parts, small, some_state
 from torch.profiler import ProfilerActivity, profile
 
 import seqkern.nn
-
-B, L, DIM = 2, 11, 12
-
 
 # ---- the papers' layers, one token after another
 
@@ -185,28 +183,7 @@ def name(request):
 
 
 def make(name, device="cpu", dtype=torch.float32):
-    """A small layer whose parameters are all other than where they begin, and (B, L, DIM) tokens."""
-    torch.manual_seed(0)
-    layer = LAYERS[name][0](device=device, dtype=dtype)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return layer, torch.randn(B, L, DIM, dtype=dtype, device=device)
-
-
-def some_state(layer, rows):
-    """As tokens before have left it: no part is zero."""
-    before = torch.randn(rows, 5, DIM, dtype=next(layer.parameters()).dtype, device=next(layer.parameters()).device)
-    with torch.no_grad():
-        return layer(before, return_state=True)[1]
-
-
-def parts(state):
-    return list(state) if isinstance(state, tuple) else [state]
-
-
-def map_parts(function, state):
-    return tuple(map(function, state)) if isinstance(state, tuple) else function(state)
+    return small(LAYERS[name][0], device, dtype)
 
 
 def real(tensors):
