@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("seqkern", "torch", "numpy", "triton", "causal_conv1d", "mamba_ssm", "mambapy", "transformers", "fla_core")
+PACKAGES = ("seqkern", "torch", "numpy", "triton", "transformers")
+PACKAGES += ("causal_conv1d", "mamba_ssm", "mambapy", "fla_core", "pararnn-torch")
 
 
 def processor() -> str:

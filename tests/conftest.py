@@ -45,7 +45,16 @@ def pytest_runtest_call(item):
         _spent.update({str(op): _processor_seconds() - before for op in OPERATORS if str(op) in item.nodeid})
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """With pytest-xdist every worker keeps an account of its own."""
+    _spent.update(getattr(node, "workeroutput", {}).get("spent", {}))
+
+
 def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["spent"] = dict(_spent)
+        return
     if not torch.cuda.is_available() and any(spent > TEST_SECONDS[op] for op, spent in _spent.items()):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
