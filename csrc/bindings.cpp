@@ -10,6 +10,9 @@
 #include "delta_rule/tile.h"
 #include "delta_rule/tile_bwd.h"
 #include "delta_rule/tile_step.h"
+#include "elementwise_rnn/tile.h"
+#include "elementwise_rnn/tile_bwd.h"
+#include "elementwise_rnn/tile_step.h"
 #include "linear_attention/tile.h"
 #include "linear_attention/tile_bwd.h"
 #include "linear_attention/tile_step.h"
@@ -221,6 +224,66 @@ py::dict plan_linear_scan(int64_t batch, int64_t length, int64_t channels, const
   const scan::cuda::StepPlan plan = scan::cuda::plan_step(step);
   plans["step"] = facts("a thread owns one channel of one batch row", plan.blocks, plan.tile.threads,
                         plan.tile.blocks_per_sm, 0, scan::cuda::step_bytes(step));
+  return plans;
+}
+
+py::dict plan_elementwise_rnn(int64_t batch, int64_t length, int64_t channels, const std::string& dtype,
+                              const std::string& cell, const std::string& solver, int64_t max_sweeps, bool reset,
+                              bool states, bool split_time, bool checkpoints) {
+  namespace rnn = elementwise_rnn;
+  static const std::map<std::string, rnn::Solver> kSolvers = {{"auto", rnn::Solver::kAutomatic},
+                                                              {"serial", rnn::Solver::kSerial},
+                                                              {"newton", rnn::Solver::kNewton},
+                                                              {"shooting", rnn::Solver::kShooting}};
+  rnn::Inputs in{};
+  int64_t number = 0;
+  while (number < rnn::kCells && cell != rnn::sizes_of(static_cast<rnn::Cell>(number)).name) ++number;
+  if (number == rnn::kCells)
+    throw std::invalid_argument("cell must be gru, lstm, slstm, indrnn or elman, got " + cell);
+  const auto found = kSolvers.find(solver);
+  if (found == kSolvers.end())
+    throw std::invalid_argument("solver must be auto, serial, newton or shooting, got " + solver);
+
+  in.cell = static_cast<rnn::Cell>(number);
+  const rnn::CellSizes sizes = in.sizes();
+  const DType type = dtype_of(dtype), sums = accumulator(type);
+  const Data tokens{kPresent, type, {.b = length * channels, .d = 1, .l = channels}};
+  const rnn::GateData gates{kPresent, type, sizes.gates * length * channels, sizes.gates * channels, channels};
+  const Array state{states ? kPresent : nullptr, sums}, kept{checkpoints ? kPresent : nullptr, sums};
+  in.sequences.batch = in.sequences.count = batch;
+  in.sequences.length = length;
+  in.channels = channels, in.accumulator = sums, in.split_time = split_time;
+  in.x = gates, in.weights = {kPresent, sums}, in.initial_state = state;
+  if (reset) in.reset = static_cast<const bool*>(kPresent);
+
+  rnn::FwdParams fwd{in};
+  fwd.solver = found->second, fwd.max_sweeps = max_sweeps;
+  fwd.h = tokens, fwd.final_state = state, fwd.checkpoints = kept;
+  rnn::BwdParams bwd{in};
+  bwd.dh = tokens, bwd.dfinal_state = bwd.dinitial_state = state, bwd.checkpoints = {kPresent, sums};
+  bwd.dx = gates, bwd.dweights = in.weights;
+  rnn::StepParams step{};
+  step.batch = step.rows = batch, step.channels = channels, step.cell = in.cell, step.accumulator = sums;
+  step.x.dtype = step.h.dtype = type, step.weights = in.weights;
+  for (int i = 0; i < sizes.published; ++i) step.state[i].dtype = sums;
+
+  py::dict plans;
+  const rnn::cuda::FwdPlan plan = rnn::cuda::plan_fwd(fwd);
+  const rnn::cuda::Tile& tile = plan.tile;
+  const bool serial = plan.solver == rnn::Solver::kSerial, newton = plan.solver == rnn::Solver::kNewton;
+  py::dict forward = facts(plan.why, plan.cut.blocks, plan.cut.threads,
+                           serial ? tile.serial_blocks : newton ? tile.newton_blocks : tile.sweep_blocks,
+                           plan.workspace_bytes, plan.bytes);
+  forward["solver"] = serial ? "serial" : newton ? "newton" : "shooting";
+  forward["chunks of a row"] = plan.chunks;
+  forward["sweeps at most"] = plan.sweeps;
+  forward["shared memory bytes"] = plan.smem_bytes;
+  forward["launches"] = plan.launches;
+  plans["forward"] = forward;
+  plans["backward"] = as_dict(rnn::cuda::plan_bwd(bwd));
+  const rnn::cuda::StepPlan one = rnn::cuda::plan_step(step);
+  plans["step"] = facts("a thread owns one channel of one batch row", one.blocks, one.tile.threads,
+                        one.tile.blocks_per_sm, 0, rnn::cuda::step_bytes(step));
   return plans;
 }
 
@@ -452,6 +515,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"), py::arg("constant_over_batch") = false, py::arg("constant_over_time") = false,
         py::arg("constant_over_channels") = false, py::arg("complex") = false, py::arg("log_space") = false,
         py::arg("reset") = false, py::arg("states") = false, py::arg("split_time") = true, "The same.");
+  m.def("plan_elementwise_rnn", &plan_elementwise_rnn, py::kw_only(), py::arg("batch"), py::arg("length"),
+        py::arg("channels"), py::arg("dtype"), py::arg("cell") = "gru", py::arg("solver") = "auto",
+        py::arg("max_sweeps") = 0, py::arg("reset") = false, py::arg("states") = false, py::arg("split_time") = true,
+        py::arg("checkpoints") = true, "The same.");
   m.def("plan_linear_attention", &plan_linear_attention, py::kw_only(), py::arg("batch"), py::arg("length"),
         py::arg("heads"), py::arg("keys"), py::arg("size"), py::arg("dtype"), py::arg("value_heads") = 0,
         py::arg("decay") = "none", py::arg("normalize") = false, py::arg("read_previous") = false,

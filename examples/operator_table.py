@@ -16,7 +16,7 @@ from torch import Tensor
 import seqkern.nn
 from seqkern.testing import interleaved
 
-LAYERS = "conv mamba mamba2 _scan aaren gla retnet mlstm delta".split()
+LAYERS = "conv mamba mamba2 _scan aaren elementwise gla retnet mlstm delta".split()
 CALLERS = [getattr(seqkern.nn, name) for name in LAYERS]  # modules that call operators
 
 # ---- what one would write without seqkern, for the arguments that those layers give here
@@ -88,6 +88,42 @@ def plain_softmax_token(m, n, w, s, v):
     top = torch.maximum(m, s)
     old, new = torch.exp(m - top), torch.exp(s - top)
     return top, old * n + new, old[..., None] * w + new[..., None] * v
+
+
+def plain_elementwise_rnn(x, weights, initial_state, *, cell, **absent):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    zeros = torch.zeros_like(x[:, 0, 0], dtype=wide)
+    state, outputs = {"lstm": (zeros, zeros), "slstm": (zeros, zeros, zeros, zeros - torch.inf)}.get(cell, (zeros,)), []
+    for x_t in x.unbind(1):
+        state = plain_elementwise_token(state, x_t, weights, cell)
+        outputs.append(state[0])
+    return torch.stack(outputs, dim=1).to(x.dtype)
+
+
+def plain_elementwise_rnn_step(state, x, weights, *, cell):
+    for old, new in zip(state, plain_elementwise_token(state, x, weights, cell), strict=True):
+        old.copy_(new)
+    return state[0].to(x.dtype)
+
+
+def plain_elementwise_token(state, x, weights, cell):
+    (h, *rest), x = state, x.to(state[0].dtype).unbind(1)
+    if cell == "gru":
+        z, r = torch.sigmoid(weights[0] * h + x[0]), torch.sigmoid(weights[1] * h + x[1])
+        return ((1 - z) * h + z * torch.tanh(weights[2] * h * r + x[2]),)
+    if cell == "lstm":
+        (c,) = rest
+        f = torch.sigmoid(weights[0] * h + weights[3] * c + x[0])
+        c = f * c + (1 - f) * torch.tanh(weights[1] * h + x[1])
+        return torch.sigmoid(weights[2] * h + weights[4] * c + x[2]) * torch.tanh(c), c
+    if cell == "slstm":
+        c, n, m = rest
+        i, f, z, o = (a * h + gate for a, gate in zip(weights, x, strict=True))
+        top = torch.maximum(F.logsigmoid(f) + m, i)
+        old, new = torch.exp(F.logsigmoid(f) + m - top), torch.exp(i - top)
+        c, n = old * c + new * torch.tanh(z), old * n + new
+        return torch.sigmoid(o) * c / n, c, n, top
+    return (torch.relu(weights[0] * h + x[0]),)  # indrnn
 
 
 def plain_ssd(x, dt, A, B, C, D, z, *, dt_bias, **absent):
@@ -233,6 +269,8 @@ OPERATORS = [
     Operator("linear_scan_step", plain_linear_scan_step, {"step": Call.forward}),
     Operator("softmax_scan", plain_softmax_scan, TRAINING),
     Operator("softmax_scan_step", plain_softmax_scan_step, {"step": Call.forward}),
+    Operator("elementwise_rnn", plain_elementwise_rnn, TRAINING),
+    Operator("elementwise_rnn_step", plain_elementwise_rnn_step, {"step": Call.forward}),
     Operator("ssd", plain_ssd, TRAINING),
     Operator("ssd_step", plain_ssd_step, {"step": Call.forward}),
     Operator("gla", plain_linear_attention, TRAINING),

@@ -294,3 +294,16 @@ def test_gpu_deadline_is_shared_out():
 
     assert sum(stage.reserve_s for stage in gpu.STAGES) + gpu.STAGES[0].limit_s <= gpu.DEADLINE_S
     assert next(stage for stage in gpu.STAGES if stage.name == "tests").limit_s <= 240
+
+
+def test_convergence_counts_sweeps(one_thread, capsys):
+    import convergence
+
+    sizes = "--tokens 256 --chunks 32 128 --steps 2 --length 16".split()
+    tasks = ["--task", "text", "parity", "random 1", "--cell", "slstm", "indrnn"]
+    convergence.main(["--as-installed", *tasks, *sizes])
+    _, _, *rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 6
+    for row in rows:
+        short, long = ([int(k) for k in cell.split(", ")] for cell in row.strip(" |").split(" | ")[-2:])
+        assert 1 <= short[0] <= short[-1] <= 8 and long[-1] <= 2  # after k sweeps k chunks are exact

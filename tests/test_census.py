@@ -22,6 +22,10 @@ OPERATORS = sorted(path.parent.name for path in ROOT.glob("csrc/*/op.cpp"))
 KERNELS = {
     "causal_conv1d": {"fwd.cu": 10, "bwd.cu": 8, "bwd_general.cu": 12, "step.cu": 4},
     "delta_rule": {"scores.cu": 7, "fwd.cu": 6, "bwd.cu": 5, "bwd_tokens.cu": 10, "step.cu": 4},
+    "elementwise_rnn": {
+        **{"fwd.cu": 11, "newton.cu": 10, "shooting.cu": 10},
+        **{"bwd.cu": 16, "bwd_reduce.cu": 2, "step.cu": 10},
+    },
     "linear_attention": {"fwd.cu": 11, "bwd.cu": 12, "bwd_reduce.cu": 2, "step.cu": 4},
     "linear_scan": {"fwd.cu": 10, "bwd.cu": 8, "bwd_reduce.cu": 4, "step.cu": 4},
     "selective_scan": {"fwd.cu": 12, "bwd.cu": 7, "bwd_carry.cu": 4, "bwd_reduce.cu": 4, "step.cu": 4},

@@ -13,15 +13,6 @@ INF = math.inf
 DECAYS = ("none", "token", "key")
 
 
-@pytest.fixture
-def one_thread():
-    """For loops of small operations of plain torch, which further threads only wait in."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def rand(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 

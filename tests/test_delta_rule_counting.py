@@ -8,6 +8,7 @@ from torch import nn
 
 import seqkern
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, KEYS, VALUES = 2, 4, 4
 LENGTH, BATCH, UPDATES, RATE = 48, 32, 300, 0.03
 
@@ -27,15 +28,6 @@ class Counter(nn.Module):
         beta = self.largest_beta * F.hardsigmoid(b[..., 0])
         o = seqkern.delta_rule(q, k, v, beta, qk_l2norm=True)
         return self.read(o.view(B, L, self.steps, -1)[:, :, -1])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nothing here is large enough for two, which would wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def accuracy(modulus, steps, largest_beta, seed):

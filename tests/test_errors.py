@@ -164,6 +164,8 @@ A_DECAY = r"must be \(B=2 or 1, L=17 or 1, D=3 or 1\)"
 META_RESET = torch.zeros(2, 17, dtype=torch.bool, device="meta")
 A_TRIPLE = r"must be the three tensors \(m, n, w\)"
 A_PAIR, A_CELL = r"must be the two tensors \(S, z\)", r"must be the three tensors \(C, n, m\)"
+A_STATE = r"must be the tuple \(h, c, n, m\) of cell 'slstm'"
+BAD_CELL = "cell must be one of gru, lstm, slstm, indrnn, elman, got 'rnn'"
 BAD_READ = 'read must be "current" or "previous", got \'next\''
 BAD_LIMIT = r"dt_limit must be two numbers \(low, high\) with low <= high, got"
 HEADS = "must have a number of heads that is a multiple of the heads of"
@@ -218,6 +220,26 @@ PARTICULAR = {
             RuntimeError,
             r"erase_key must have the dtype of v \(float32\), got float16",
         ),
+    ],
+    "elementwise_rnn": [
+        ({"cell": "rnn"}, None, ValueError, BAD_CELL),
+        (
+            {"solver": "deer"},
+            None,
+            ValueError,
+            "solver must be one of auto, serial, newton, shooting, got 'deer'",
+        ),
+        ({"on_fail": "ignore"}, None, ValueError, 'on_fail must be "repair", "raise" or "warn", got \'ignore\''),
+        ({"atol": -1.0}, None, ValueError, "atol must be at least 0, or None, got -1.0"),
+        ({"atol": float("nan")}, None, ValueError, "atol must be at least 0, or None, got nan"),
+        ({"max_sweeps": 0}, None, ValueError, "max_sweeps must be at least 1, or None, got 0"),
+        ({"initial_state": torch.zeros(2, 3)}, None, RuntimeError, f"initial_state {A_STATE}, got 1 of them"),
+        ({"initial_state": torch.zeros(4, 2, 3)[0:3].unbind()}, None, RuntimeError, f"initial_state {A_STATE}, got 3"),
+        ({"cell": "gru"}, None, RuntimeError, r"x must be \(B, L, G=3, D\), got \(2, 17, 4, 3\)"),
+        ({}, lambda i: {"weights": torch.ones(3, 3)}, RuntimeError, r"weights must be \(W=4, D=3\), got \(3, 3\)"),
+        ({"reset": torch.zeros(2, 17)}, None, RuntimeError, "reset must be bool, got float32; convert it with .bool()"),
+        ({"reset": torch.zeros(17) > 0}, None, RuntimeError, r"reset must be \(B=2, L=17\), got \(17,\)"),
+        ({"reset": META_RESET}, None, RuntimeError, "reset must be on the device of x"),
     ],
     "linear_attention": [
         ({"read": "next"}, None, ValueError, BAD_READ),
@@ -319,6 +341,12 @@ PARTICULAR_STEP = {
             r"erase_key must be \(B=2, H=2, K=5\), got \(2, 2, 4\)",
         ),
     ],
+    "elementwise_rnn": [
+        ({"cell": "rnn"}, {}, ValueError, BAD_CELL),
+        ({"cell": "gru"}, {}, RuntimeError, r"state must be the tuple \(h,\) of cell 'gru', got 4 of them"),
+        ({}, {"x": torch.ones(2, 17, 3, 3)}, RuntimeError, r"x must be \(B, G=4, D\), got \(2, 3, 3\)"),
+        ({}, {"weights": torch.ones(4, 2)}, RuntimeError, r"weights must be \(W=4, D=3\), got \(4, 2\)"),
+    ],
     "linear_attention": [
         ({"read": "next"}, {}, ValueError, BAD_READ),
         ({"bonus": torch.ones(2, 5)}, {}, ValueError, 'bonus needs read="previous", got read="current"'),
@@ -385,4 +413,6 @@ def test_messages_are_one_sentence_about_shapes(operator):
     inputs = operator.full_case().inputs()
     with pytest.raises(RuntimeError) as raised:
         inputs.outputs(**{name: tensor[None] for name, tensor in inputs.tensors.items()})
-    assert re.fullmatch(rf"{operator}: \w+ must be \([A-Z, ]+\), got \([0-9, ]+\)", str(raised.value).splitlines()[0])
+    assert re.fullmatch(
+        rf"{operator}: \w+ must be \([A-Z0-9=, ]+\), got \([0-9, ]+\)", str(raised.value).splitlines()[0]
+    )

@@ -109,17 +109,21 @@ def test_train_text_with_a_convolution(train_text):
     assert len(rows_of(output)) == 3
 
 
-LINEAR = ["mingru", "minlstm", "lru", "rglru", "s5", "hgrn"]
+SCANS = {
+    **dict.fromkeys(["mingru", "minlstm", "lru", "rglru", "s5", "hgrn"], "linear_scan"),
+    "aaren": "softmax_scan",
+    **dict.fromkeys(["para_gru", "para_lstm", "slstm_diag", "indrnn"], "elementwise_rnn"),
+}
 
 
-@pytest.mark.parametrize("mixer", [*LINEAR, "aaren"])
+@pytest.mark.parametrize("mixer", SCANS)
 def test_train_text_with_a_scan(train_text, mixer):
     output = train_text("--mixer", mixer)
     [(first, last)] = losses_of(output)
     assert last < first
     assert float(re.search(r"step by step against at once: (\S+)", output)[1]) < 1e-4
     rows = rows_of(output)
-    assert [row[:2] for row in rows] == titles_of("linear_scan" if mixer in LINEAR else "softmax_scan")
+    assert [row[:2] for row in rows] == titles_of(SCANS[mixer])
     assert all(float(row[-1]) < 1e-4 for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of the CPU kernels: a torch-free program for each instruction set that this machine has."""
+"""Matrix products and functions of vectors of the CPU kernels: torch-free programs for each instruction set here."""
 
 import os
 import re
@@ -11,7 +11,6 @@ import pytest
 _C = pytest.importorskip("seqkern._C", reason="this build has no Python headers, so no list of instruction sets")
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [ROOT / "tests" / "cpu" / "gemm.cpp", ROOT / "csrc" / "common" / "isa.cpp"]
 FLAGS = "-std=c++20 -O2 -Wall -Wextra -ffp-contract=off -Wno-psabi -Wno-unused-function".split()
 
 
@@ -23,10 +22,12 @@ def flags_of(isa):
 
 
 @pytest.mark.parametrize("isa", [isa for isa in _C.isas() if isa != "amx"])  # avx512 has the products of amx
-def test_products(isa, tmp_path):
+@pytest.mark.parametrize("name", ["gemm", "math"])
+def test_program(name, isa, tmp_path):
     compiler = shlex.split(os.environ.get("CXX") or "g++")
-    program = tmp_path / "gemm"
-    command = [*compiler, *FLAGS, *flags_of(isa), f"-I{ROOT / 'csrc'}", *map(str, SOURCES), "-o", str(program)]
+    program = tmp_path / name
+    sources = [str(ROOT / "tests" / "cpu" / f"{name}.cpp"), str(ROOT / "csrc" / "common" / "isa.cpp")]
+    command = [*compiler, *FLAGS, *flags_of(isa), f"-I{ROOT / 'csrc'}", *sources, "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0 and built.stderr == "", built.stderr
     environment = {name: value for name, value in os.environ.items() if name != "SEQKERN_ISA"}

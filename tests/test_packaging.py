@@ -130,6 +130,10 @@ def test_unknown_instruction_set():
 PLANS = {  # shapes, and the bytes that a forward moves
     "causal_conv1d": ("--channels 1536 --length 2048 --width 4", 2 * 1536 * 2048 * 2 + 1536 * 5 * 2),
     "delta_rule": ("--heads 8 --keys 128 --size 64 --length 2048 --decay token", (2 * 128 + 3 * 64 + 2) * 8 * 2048 * 2),
+    "elementwise_rnn": (
+        "--channels 512 --length 4096 --cell gru --no-checkpoints",
+        4 * 512 * 4096 * 2 + 3 * 512 * 4,
+    ),
     "linear_attention": (
         "--heads 8 --keys 128 --size 64 --length 2048 --decay key",
         (3 * 128 + 2 * 64) * 8 * 2048 * 2,

@@ -2,13 +2,7 @@
 // and between the chunks of a Newton solve. A number S is real or complex, of one channel or a vector of them.
 #pragma once
 
-#if defined(__CUDACC__) || defined(SEQKERN_EMULATE)
-#include "common/complex.cuh"
-#define SEQKERN_FUNCTION __device__ __forceinline__
-#else
-#include "common/simd_complex.h"
-#define SEQKERN_FUNCTION inline
-#endif
+#include "common/number.h"
 
 namespace seqkern {
 namespace {
@@ -77,5 +71,3 @@ SEQKERN_FUNCTION Affine<S, kSize> identity(S one) {
 
 }  // namespace
 }  // namespace seqkern
-
-#undef SEQKERN_FUNCTION

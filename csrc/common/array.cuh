@@ -51,6 +51,27 @@ __device__ __forceinline__ void visit(const Array& array, F&& f) {
   }
 }
 
+// An array of data whose accumulator is R: of fp64, or of anything but that. Kernels that are in the code for each R
+// then hold no code for types that they never meet.
+template <typename R>
+struct ArrayFor : Array {};
+
+template <typename R, typename F>
+__device__ __forceinline__ void visit(const ArrayFor<R>& array, F&& f) {
+  if constexpr (kDType<R> == DType::kFloat64) {
+    f(static_cast<double*>(array.data));
+  } else {
+    switch (array.dtype) {
+      case DType::kBFloat16:
+        return f(static_cast<__nv_bfloat16*>(array.data));
+      case DType::kFloat16:
+        return f(static_cast<__half*>(array.data));
+      default:
+        return f(static_cast<float*>(array.data));
+    }
+  }
+}
+
 template <typename U>
 __device__ __forceinline__ U load(const Array& array, int64_t i) {
   U value{};

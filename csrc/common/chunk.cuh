@@ -265,8 +265,9 @@ __device__ __forceinline__ RunningSums<R> running_sums(R g, LongSum<R>& sum) {
 template <int kThreads, typename T, typename R, int kTokens, int kKeys>
 __device__ __forceinline__ void load_key_decays(Matrix<R, kTokens, kKeys>& a, const TokenData& decay, const Rows& rows,
                                                 int count, int64_t column, int64_t size) {
-  visit(array_of(decay), [&](const auto* data) {
-#pragma unroll 4
+  visit(array_of(decay), [&]<typename X>(const X* data) {
+    [[maybe_unused]] constexpr int kAtOnce = std::is_same_v<X, R> ? 4 : sizeof(X) == 2 ? 2 : 1;
+#pragma unroll kAtOnce
     for (int at = threadIdx.x; at < kTokens * kKeys; at += kThreads) {
       const int i = at / kKeys, k = at % kKeys;
       const bool exists = i < count && column + k < size;

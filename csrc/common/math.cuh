@@ -57,6 +57,19 @@ __device__ __forceinline__ double sigmoid(double x) {
   return 1.0 / (1.0 + exp(-x));
 }
 
+__device__ __forceinline__ float tanh(float x) {
+  return tanhf(x);
+}
+__device__ __forceinline__ double tanh(double x) {
+  return ::tanh(x);
+}
+
+// What CPU kernels do by lanes.
+template <typename S>
+__device__ __forceinline__ S select(bool condition, S yes, S no) {
+  return condition ? yes : no;
+}
+
 // log(1 + exp(x)), and x itself above 20, where fp32 holds no difference. With e = exp(-|x|) <= 1 it is
 // max(x, 0) + log1p(e), and log1p(e) = 2 atanh(s) for s = e / (2 + e) <= 1/3: a polynomial in s^2, to 4e-9.
 __device__ __forceinline__ float softplus(float x) {

@@ -5,15 +5,18 @@
 namespace seqkern {
 namespace {
 
-// 2^(whole + fraction) to 3e-7 of its value, exact where fraction is 0. `whole` is an integer (at most 252 in
-// magnitude, without AVX-512), fraction in [-0.5, 0.5].
-inline Float exp2_of_parts(Float whole, Float fraction) {
-  // Minimax on [-0.5, 0.5] of (2^f - 1) / f.
+// (2^fraction - 1) / fraction to 8e-7 of its value, for a fraction in [-0.5, 0.5]: minimax.
+inline Float exp2_slope(Float fraction) {
   Float p = madd(splat(1.326472712e-3f), fraction, splat(9.671512645e-3f));
   p = madd(p, fraction, splat(5.550733743e-2f));
   p = madd(p, fraction, splat(0.2402224209f));
-  p = madd(p, fraction, splat(0.6931469776f));
-  p = madd(p, fraction, splat(1.f));
+  return madd(p, fraction, splat(0.6931469776f));
+}
+
+// 2^(whole + fraction) to 3e-7 of its value, exact where fraction is 0. `whole` is an integer (at most 252 in
+// magnitude, without AVX-512), fraction in [-0.5, 0.5].
+inline Float exp2_of_parts(Float whole, Float fraction) {
+  const Float p = madd(exp2_slope(fraction), fraction, splat(1.f));
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(kAll, p, whole);
 #else
@@ -148,6 +151,27 @@ inline Float sigmoid(Float x) {
 
 inline Double sigmoid(Double x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = 1. / (1. + __builtin_exp(-x[i]));
+  return x;
+}
+
+// tanh(x) = E / (E + 2) with E = exp(2 x) - 1: to 1e-6 of its value, and to 2e-7; at most 1.
+[[gnu::always_inline]] inline Float tanh(Float x) {
+  const Int bits = bit_cast<Int>(x), sign = bits & static_cast<int32_t>(0x80000000u);
+  const Float magnitude = bit_cast<Float>(bits ^ sign);
+  const Float scaled = (magnitude > 10.f ? splat(10.f) : magnitude) * (2 * kLog2E<float>);  // NaN stays
+#if defined(__AVX512F__)
+  const Float fraction = _mm512_maskz_reduce_ps(kAll, scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Float power = _mm512_maskz_scalef_ps(kAll, splat(1.f), scaled - fraction);
+#else
+  const Float whole = (scaled + 0x1.8p23f) - 0x1.8p23f, fraction = scaled - whole;
+  const Float power = bit_cast<Float>((__builtin_convertvector(whole, Int) + 127) << 23);
+#endif
+  const Float slope = exp2_slope(fraction), rest = power * fraction;
+  const Float tanh = madd(rest, slope, power - 1.f) / madd(rest, slope, power + 1.f);
+  return bit_cast<Float>(bit_cast<Int>(tanh) | sign);
+}
+inline Double tanh(Double x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
   return x;
 }
 

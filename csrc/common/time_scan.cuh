@@ -10,7 +10,8 @@
 //   using Real                       accumulators: float or double
 //   using Carry                      the state between two tokens: a struct of Reals
 //   using Element                    what several tokens do to a state: likewise
-//   struct Tokens                    a chunk in registers, on the way in and on the way out
+//   struct Tokens                    a chunk in registers, on the way in and on the way out; empty: it lies elsewhere,
+//                                    and loops over tokens are not unrolled
 //   static constexpr int kTokens     of a chunk, at most 32
 //
 //   void fetch(int64_t tau)          starts the loads of tokens [tau, tau + kTokens); those after the row are not there
@@ -35,9 +36,29 @@
 // even times zero.
 #pragma once
 
+#include <type_traits>
+
 #include "common/time_tokens.cuh"
 
 namespace seqkern::time_scan {
+
+template <typename Recurrence>
+inline constexpr bool kRolled = std::is_empty_v<typename Recurrence::Tokens>;
+
+// f(i) for tokens [begin, end) of a chunk. Registers need constant indices; where tokens lie elsewhere, what is done to
+// one of them is in the code once.
+template <typename Recurrence, typename F>
+__device__ __forceinline__ void for_tokens(int begin, int end, const F& f) {
+  if constexpr (kRolled<Recurrence>) {
+#pragma unroll 1
+    for (int i = begin; i < end; ++i) f(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Recurrence::kTokens; ++i) {
+      if (i >= begin && i < end) f(i);
+    }
+  }
+}
 
 // The state that enters at a fresh token.
 template <typename Recurrence, typename Time>
@@ -50,10 +71,12 @@ __device__ __forceinline__ typename Recurrence::Carry entering(const Recurrence&
 template <typename Recurrence, typename Time>
 __device__ __forceinline__ void walk(Recurrence& r, const Time& time, const Facts& f, int64_t tau,
                                      typename Recurrence::Tokens& x, typename Recurrence::Carry& carry) {
-  if (f.template plain<Recurrence::kTokens>()) {
+  if constexpr (!kRolled<Recurrence>) {
+    if (f.template plain<Recurrence::kTokens>()) {
 #pragma unroll
-    for (int i = 0; i < Recurrence::kTokens; ++i) r.emit(carry, x, Token{i});
-    return;
+      for (int i = 0; i < Recurrence::kTokens; ++i) r.emit(carry, x, Token{i});
+      return;
+    }
   }
   // Piece by piece, each from a token that starts anew to the next; so a sequence ends where a piece does.
 #pragma unroll 1
@@ -64,34 +87,41 @@ __device__ __forceinline__ void walk(Recurrence& r, const Time& time, const Fact
     const bool padding = (f.padding >> begin & 1u) != 0, ends = (f.last >> (end - 1) & 1u) != 0;
     const int64_t row = ends && r.reads_final() ? time.final_row(f, tau, end - 1) : -1;
     if constexpr (requires { r.expect(row); }) r.expect(row);
-#pragma unroll
-    for (int i = 0; i < Recurrence::kTokens; ++i) {
-      if (i < begin || i >= end) continue;
+    for_tokens<Recurrence>(begin, end, [&](int i) {
       if (padding)
         r.pad(x, i);
       else
         r.emit(carry, x, Token{i, (f.reset >> i & 1u) != 0, ends && i == end - 1, row});
-    }
+    });
     if (row >= 0) r.leave(carry, row);
   }
 }
 
-// A chain from end to end, by one warp. The loads of the next chunk are under way while one is walked through.
+// Tokens [begin, end) of a chain, by one warp, from the state that enters them; returns the one that leaves. They are
+// whole chunks, or end with the row. The loads of the next chunk are under way while one is walked through.
 template <typename Recurrence>
-__device__ __forceinline__ void serial_scan(Recurrence& r, const Sequences& s, const bool* reset, bool adjoint,
-                                            int64_t b) {
+__device__ __forceinline__ typename Recurrence::Carry serial_scan(Recurrence& r, const Sequences& s, const bool* reset,
+                                                                  bool adjoint, int64_t b, int64_t begin, int64_t end,
+                                                                  typename Recurrence::Carry carry) {
   constexpr int kTokens = Recurrence::kTokens;
   Timeline<kTokens> time(s, reset, adjoint, b);
-  typename Recurrence::Carry carry = r.initial(-1, 0);
-  r.fetch(0), time.fetch(0);
+  r.fetch(begin), time.fetch(begin);
 #pragma unroll 1
-  for (int64_t tau = 0; tau < s.length; tau += kTokens) {
+  for (int64_t tau = begin; tau < end; tau += kTokens) {
     typename Recurrence::Tokens x = r.take();
     const Facts facts = time.take(tau);
     r.fetch(tau + kTokens), time.fetch(tau + kTokens);
     walk(r, time, facts, tau, x, carry);
     r.store(x, tau);
   }
+  return carry;
+}
+
+// A chain from end to end.
+template <typename Recurrence>
+__device__ __forceinline__ void serial_scan(Recurrence& r, const Sequences& s, const bool* reset, bool adjoint,
+                                            int64_t b) {
+  serial_scan(r, s, reset, adjoint, b, 0, s.length, r.initial(-1, 0));
 }
 
 // Tiles. What a tile does to a state that enters it is an Element; where a sequence begins in it, the state that leaves
@@ -197,17 +227,13 @@ __device__ __forceinline__ void tile_scan(Recurrence& r, const Sequences& s, con
   const int start = facts.fresh ? 31 - __clz(static_cast<int>(facts.fresh)) : 0;
   if (facts.fresh) {
     Carry carry = entering(r, time, facts, tau, start);
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (i >= start && i < facts.count && !(facts.padding >> i & 1u)) r.advance(carry, x, i);
-    }
+    for_tokens<Recurrence>(start, facts.count, [&](int i) {
+      if (!(facts.padding >> i & 1u)) r.advance(carry, x, i);
+    });
     shared.carry[warp][lane] = carry;
   } else {
     Element element = r.identity();
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (i < facts.count) r.extend(element, x, i);
-    }
+    for_tokens<Recurrence>(0, facts.count, [&](int i) { r.extend(element, x, i); });
     shared.element[warp][lane] = element;
   }
   if (lane == 0) shared.known[warp] = facts.fresh != 0;

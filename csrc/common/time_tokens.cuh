@@ -46,15 +46,16 @@ struct Place {
 
 // Tokens of one channel in memory: numbers S, that of token tau at `first + tau step`, counted in S.
 
-struct Line {
-  Array array;
+template <typename A>  // Array, or ArrayFor<R>
+struct LineOf {
+  A array;
   int64_t first = 0, step = 0;
   int64_t length = 0;  // tokens
   bool exists = false;
 
-  Line() = default;
+  LineOf() = default;
   // `channel`: where token t = 0 in memory lies; `l`: from one token to the next in memory.
-  __device__ __forceinline__ Line(const Array& array_, int64_t channel, int64_t l, const Sequences& s, bool exists)
+  __device__ __forceinline__ LineOf(const A& array_, int64_t channel, int64_t l, const Sequences& s, bool exists)
       : array(array_),
         first(s.reverse ? channel + (s.length - 1) * l : channel),
         step(s.reverse ? -l : l),
@@ -66,6 +67,7 @@ struct Line {
     return exists ? static_cast<int>(clamp(length - tau, 0, tokens)) : 0;
   }
 };
+using Line = LineOf<Array>;
 
 // Tokens on the way: as they lie in memory, so that nothing waits for them until they are decoded. (Types that
 // registers of R do not hold are converted at once.)
@@ -80,7 +82,8 @@ struct Fetched {
   Words token[kTokens];
 
   // Tokens [tau, tau + kTokens); where there is none, zero. Where all tokens are one number, it is loaded once.
-  __device__ __forceinline__ void fetch(const Line& line, int64_t tau) {
+  template <typename A>
+  __device__ __forceinline__ void fetch(const LineOf<A>& line, int64_t tau) {
     const int count = line.step == 0 ? line.count(tau, 1) : line.count(tau, kTokens);
     const int64_t step = line.step * kParts;
     visit(line.array, [&]<typename T>(const T* data) {
@@ -100,8 +103,8 @@ struct Fetched {
   }
 
   // f(i, number) for all tokens.
-  template <typename F>
-  __device__ __forceinline__ void decode(const Line& line, F&& f) const {
+  template <typename A, typename F>
+  __device__ __forceinline__ void decode(const LineOf<A>& line, F&& f) const {
     visit(line.array, [&]<typename T>(const T*) {
       const int64_t step = line.step;
       S first{};
@@ -160,8 +163,8 @@ __device__ __forceinline__ void store_number(const Array& array, int64_t i, S va
     store(array, i, value);
 }
 
-template <typename S, int kTokens>
-__device__ __forceinline__ void store_tokens(const Line& line, int64_t tau, const S (&value)[kTokens]) {
+template <typename A, typename S, int kTokens>
+__device__ __forceinline__ void store_tokens(const LineOf<A>& line, int64_t tau, const S (&value)[kTokens]) {
   constexpr int kParts = sizeof(S) / sizeof(Real<S>);
   const int count = line.count(tau, kTokens);
   const int64_t step = line.step * kParts;

@@ -8,12 +8,17 @@
 namespace seqkern::delta_rule::cuda {
 
 template <typename T, int kC, int kK, int kV>
-struct KeyShared : TokensShared<T, kC, kK, kV> {
+struct KeyTiles : TokensTiles<T, kC, kK, kV> {
   using R = Accumulator<T>;
 
   Matrix<R, kC, kK> z;       // z_i of a reader, then its gradient; at the end the inter part of dk_j
   Matrix<R, kC, kK> decays;  // q_i * dq_i + e_i * de_i - k_i * (intra part of dk_i)
-  R scores[kC][kC];          // dO_i . u_j or w_i . u_j of the tokens that i reads
+};
+template <typename T, int kC, int kK, int kV>
+struct KeyShared : TokensShared<KeyTiles<T, kC, kK, kV>, T, kC, kK> {
+  using R = Accumulator<T>;
+
+  R scores[kC][kC];  // dO_i . u_j or w_i . u_j of the tokens that i reads
   R read_parts[kK / kWarpSize][kC];
 };
 

@@ -6,12 +6,15 @@
 namespace seqkern::delta_rule::cuda {
 
 template <typename T, int kC, int kK, int kV>
-struct TokenShared : TokensShared<T, kC, kK, kV> {
+struct TokenTiles : TokensTiles<T, kC, kK, kV> {
+  Matrix<T, kC, kK> k, x;    // x: q, or e
+  Matrix<T, kC, kC> scores;  // gradients of P or A, with the decays between tokens
+};
+template <typename T, int kC, int kK, int kV>
+struct TokenShared : TokensShared<TokenTiles<T, kC, kK, kV>, T, kC, kK> {
   using R = Accumulator<T>;
   using Pairs = BlockProduct<T, kC, kC, kBwdWarps>;
 
-  Matrix<T, kC, kK> k, x;    // x: q, or e
-  Matrix<T, kC, kC> scores;  // gradients of P or A, with the decays between tokens
   R row_sums[kC / Pairs::kColumns][kC], column_sums[kC / Pairs::kRows][kC];
   R columns[kC];  // sums over i of P_ij dP_ij + A_ij dA_ij
   R carried[kC];  // k_j . (inter part of dk_j)

@@ -21,12 +21,18 @@ struct TokensWork {
 };
 
 template <typename T, int kC, int kK, int kV>
-struct TokensShared {
-  using R = Accumulator<T>;
-  using Keys = BlockProduct<T, kC, kK, kBwdWarps>;
-
+struct TokensTiles {
   Matrix<T, kK, kV> state;      // S, or dS
   Matrix<T, kC, kV> values, u;  // values: dO, w, or u
+};
+// `Tiles` is a TokensTiles with others.
+template <typename Tiles, typename T, int kC, int kK>
+struct TokensShared : Tiles {
+  using R = Accumulator<T>;
+  using Keys = BlockProduct<T, kC, kK, kBwdWarps>;
+  using Gradients = Matrix<R, kC, kK>;  // in the end, in the place of the tiles
+  static_assert(sizeof(Gradients) <= sizeof(Tiles));
+
   TokenFactors<R, kC> factors;
   R norm[kC];                           // what x of the reader is multiplied by [norm]
   R weight[kC];                         // of dO_i, or of w_i, in the gradient of what x_i reads
@@ -42,7 +48,7 @@ template <typename Decays, typename T, int kC, int kK, int kV, typename Shared_>
 struct TokensBase {
   using R = Accumulator<T>;
   using Shared = Shared_;
-  using Keys = typename TokensShared<T, kC, kK, kV>::Keys;
+  using Keys = typename Shared::Keys;
   using Pairs = BlockProduct<T, kC, kC, kBwdWarps>;
   static_assert(kC <= kWarpSize && kK <= kBwdThreads);
 
@@ -97,9 +103,7 @@ struct TokensBase {
       if (threadIdx.x == 0) ++shared.work.hv;
       __syncthreads();
     }
-    finish(dq, p.q, p.dq, shared.factors.q_norm, p.normalize);
-    finish(dk, p.k, p.dk, shared.factors.k_norm, p.normalize);
-    if (p.erase) finish(de, p.erase, p.derase, shared.factors.k_norm, false);
+    finish();
   }
 
  protected:
@@ -231,25 +235,38 @@ struct TokensBase {
     }
   }
 
-  // [dnorm], and to the tensor
-  __device__ __forceinline__ void finish(Keys& dx, const Data& x, const Data& to_data, const R (&norms)[kC],
-                                         bool normalized) {
-    if (normalized && p.value_heads > 0) {
-      const Rows of_x = rows(x, work().h);
-      sum_rows(dx, shared.row_dots, [&](int i, int key, R d) { return d * element(x, of_x, i, key); });
+  // [dnorm], and to the tensors; a warp takes a token's row by way of shared memory.
+  __device__ __forceinline__ void finish() {
+    auto& d = shared_memory<typename Shared::Gradients>();
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll 1
+    for (int reader = kQuery; reader <= kWriter; ++reader) {
+      if (reader == kErase && !p.erase) continue;
+      const Data& x = rows_of(static_cast<Reader>(reader));
+      const Data& to_data = reader == kQuery ? p.dq : reader == kErase ? p.derase : p.dk;
+      const Rows of_x = rows(x, work().h), to_rows = rows(to_data, work().h);
+      const bool normalized = p.normalize && reader != kErase && p.value_heads > 0;
+      const auto put = [&](int i, int key, R& sum) { d[i][key] = sum; };
       __syncthreads();
-      for_each_token([&](int i) { shared.reads[0][i] = norms[i] * norms[i] * sum_parts(shared.row_dots, i); });
+      reader == kQuery ? dq.for_each(put) : reader == kErase ? de.for_each(put) : dk.for_each(put);
       __syncthreads();
-      dx.for_each([&](int i, int key, R& d) { d -= shared.reads[0][i] * element(x, of_x, i, key); });
-      __syncthreads();
+#pragma unroll 1
+      for (int i = warp(); i < work().at.chunk.count; i += kBwdWarps) {
+        const auto for_each_key = [&](auto&& f) {
+#pragma unroll 1
+          for (int key = lane; key < p.keys; key += kWarpSize) f(key, normalized ? element(x, of_x, i, key) : R(0));
+        };
+        R along = R(0);
+        if (normalized) {
+          const R norm = (reader == kQuery ? shared.factors.q_norm : shared.factors.k_norm)[i];
+          for_each_key([&](int key, R x_i) { along = fma(d[i][key], x_i, along); });
+          along = norm * norm * warp_sum(along);
+        }
+        visit_data<T>(to_data, [&]<typename X>(X* data) {
+          for_each_key([&](int key, R x_i) { store(data + to_rows[i] + key, to<X>(d[i][key] - along * x_i)); });
+        });
+      }
     }
-    const Rows to_rows = rows(to_data, work().h);
-    visit_data<T>(to_data, [&](auto* data) {
-      const bool even = whole_pairs(data, to_rows);
-      dx.for_each_pair([&](int i, int key, R left, R right) {
-        if (i < work().at.chunk.count) store_pair(data, to_rows[i] + key, p.keys - key, even, left, right);
-      });
-    });
   }
 };
 

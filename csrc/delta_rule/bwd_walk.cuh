@@ -108,9 +108,10 @@ struct BwdWalk {
     const bool back = job != kState;
     BwdChunk at{stretch.begin, 0};
     if (back) at.tau += (divide(stretch.end - stretch.begin + kC - 1, kC).quotient - 1) * kC;
-    if constexpr (kAhead) fetch_keys(at), fetch_readers(at), fetch_erase(at);
+    // Where copies are ahead, from before the first chunk on, so that there is one place for each.
+    if constexpr (kAhead) at = {at.tau + (back ? kC : -kC), 1};
 #pragma unroll 1
-    while (exists(at)) {
+    do {
       const BwdChunk next{at.tau + (back ? -kC : kC), kAhead ? 1 - at.turn : 0};
       if constexpr (!kAhead) fetch_keys(at), fetch_readers(at);
       if (back)
@@ -118,7 +119,7 @@ struct BwdWalk {
       else
         step_forward(at, next);
       at = next;
-    }
+    } while (exists(at));
     leave();
   }
 
@@ -304,8 +305,10 @@ struct BwdWalk {
   }
 
   __device__ __forceinline__ void step_forward(const BwdChunk& at, const BwdChunk& next) {  // [carry]
-    wait_for_copies();
+    const bool here = exists(at);
+    if (here) wait_for_copies();
     if constexpr (kAhead) fetch_keys(next), fetch_readers(next), fetch_erase(next);
+    if (!here) return;
     scale_k(at);
     keep(plan.states, at.tau, at.tau == work().span.begin);
     decay_state(at);
@@ -314,47 +317,56 @@ struct BwdWalk {
   }
 
   __device__ __forceinline__ void step_back(const BwdChunk& at, const BwdChunk& next) {
+    const bool here = exists(at);
+    if (here) take_du(at);
+    kAhead ? fetch_keys(next) : fetch_erase(at);
+    if (here) {
+      solve_back(at);
+      decay_state(at);  // [dcarry]
+      if (job == kGradient) S.template add<kTransposed, kPlain>(q(), dn(), 0, kC, exact());
+      wait_for_copies();
+    }
+    if constexpr (kAhead) fetch_readers(next);
+    if (here) {
+      const auto& factors = shared.factors[at.turn];
+      const bool of_k = !p.erase;
+      scale(erase(), [&](int i) { return factors.read[i] * (of_k ? factors.k_norm[i] : R(1)); });
+      __syncthreads();
+      S.template add<kTransposed, kPlain>(erase(), minus_b(), 0, kC, exact());
+      __syncthreads();
+    }
+    if constexpr (kAhead) fetch_erase(next);
+  }
+  // [du]
+  __device__ __forceinline__ void take_du(const BwdChunk& at) {
     const auto& factors = shared.factors[at.turn];
     wait_for_copies();
     scale_k(at);
     scale(q(), [&](int i) { return factors.read[i] * factors.q_norm[i]; });
     if (job == kGradient) scale_dn();
-    {
-      const Chunk chunk = chunk_of(at);
-      const int64_t end = chunk.begin + chunk.count;
-      keep(plan.dstates, end, end == work().span.end);
-    }
-    {  // [du]
-      Values du;
-      du.clear();
-      if (job == kGradient) du.template add<kTransposed, kPlain>(shared.P, dn(), 0, kC, exact());
-      du.template add<kPlain, kPlain>(k(at), shared.state, 0, depth(), exact());
-      du.for_each_pair(
-          [&](int j, int v, R left, R right) { *reinterpret_cast<Vector<R, 2>*>(&shared.du[j][v]) = {left, right}; });
-    }
+    const Chunk chunk = chunk_of(at);
+    const int64_t end = chunk.begin + chunk.count;
+    keep(plan.dstates, end, end == work().span.end);
+    Values du;
+    du.clear();
+    if (job == kGradient) du.template add<kTransposed, kPlain>(shared.P, dn(), 0, kC, exact());
+    du.template add<kPlain, kPlain>(k(at), shared.state, 0, depth(), exact());
+    du.for_each_pair(
+        [&](int j, int v, R left, R right) { *reinterpret_cast<Vector<R, 2>*>(&shared.du[j][v]) = {left, right}; });
     __syncthreads();
-    kAhead ? fetch_keys(next) : fetch_erase(at);
-    {  // [dsolve]
-      ExactValues w;
-      w.clear();
-      w.template add<kTransposed, kPlain>(shared.inverse, shared.du, 0, kC);
-      if (pass == kWalk) keep_values(w, kept.w(), plan.tiles * kV, at);
-      w.for_each([&](int i, int, R& x) { x *= factors.beta[i]; });
-      if (pass == kWalk) keep_values(w, p.dv, p.size, at);
-      w.for_each_pair([&](int i, int v, R left, R right) {
-        *reinterpret_cast<Vector<T, 2>*>(&minus_b()[i][v]) = {to<T>(-left), to<T>(-right)};
-      });
-    }
-    decay_state(at);  // [dcarry]
-    if (job == kGradient) S.template add<kTransposed, kPlain>(q(), dn(), 0, kC, exact());
-    wait_for_copies();
-    if constexpr (kAhead) fetch_readers(next);
-    const bool of_k = !p.erase;
-    scale(erase(), [&](int i) { return factors.read[i] * (of_k ? factors.k_norm[i] : R(1)); });
-    __syncthreads();
-    S.template add<kTransposed, kPlain>(erase(), minus_b(), 0, kC, exact());
-    __syncthreads();
-    if constexpr (kAhead) fetch_erase(next);
+  }
+  // [dsolve]
+  __device__ __forceinline__ void solve_back(const BwdChunk& at) {
+    const auto& factors = shared.factors[at.turn];
+    ExactValues w;
+    w.clear();
+    w.template add<kTransposed, kPlain>(shared.inverse, shared.du, 0, kC);
+    if (pass == kWalk) keep_values(w, kept.w(), plan.tiles * kV, at);
+    w.for_each([&](int i, int, R& x) { x *= factors.beta[i]; });
+    if (pass == kWalk) keep_values(w, p.dv, p.size, at);
+    w.for_each_pair([&](int i, int v, R left, R right) {
+      *reinterpret_cast<Vector<T, 2>*>(&minus_b()[i][v]) = {to<T>(-left), to<T>(-right)};
+    });
   }
   __device__ __forceinline__ void scale_dn() {
 #pragma unroll 1

@@ -137,7 +137,7 @@ struct FwdWalk {
                                             const Chunk& chunk) {
     const Data x = per_key() ? scaled : given;
     const Rows from = rows(x, chunk, per_key() ? work().hv : work().h);
-    load_tokens<kFwdThreads>(to_matrix, x, from, chunk.count, 0, p.keys);
+    load_tokens<kFwdThreads, 1>(to_matrix, x, from, chunk.count, 0, p.keys);
   }
 
   // Copies go on while the block computes, in three groups for each chunk: what [solve] begins with, the inverse, and
@@ -146,7 +146,7 @@ struct FwdWalk {
     if (at.chunk.count > 0) {
       load_keys(erase(at.turn), p.erase ? p.erase : p.k, scores().erase(), at.chunk);
       const int values = work().transition ? 0 : at.chunk.count;
-      load_tokens<kFwdThreads>(shared.v, p.v, rows(p.v, at.chunk, work().hv), values, column, p.size);
+      load_tokens<kFwdThreads, 1>(shared.v, p.v, rows(p.v, at.chunk, work().hv), values, column, p.size);
       load_factors<kFwdThreads>(shared.factors[at.turn], record(at).factors);
     }
     commit_copies();
@@ -171,30 +171,41 @@ struct FwdWalk {
   }
 
   __device__ __forceinline__ void run() {
-    FwdChunk at{chunk_from(work().stretch.begin), work().slot, 0};
-    if constexpr (kAhead) fetch_system(at), fetch_inverse(at);
+    // Where copies are ahead, from before the first chunk on, so that there is one place for each.
+    FwdChunk at{{}, work().slot - 1, 1}, next{chunk_from(work().stretch.begin), work().slot, 0};
+    if constexpr (!kAhead) at = next;
 #pragma unroll 1
-    while (at.chunk.count > 0) {
-      const FwdChunk next{chunk_from(at.chunk.begin + kTokens), at.slot + 1, kAhead ? 1 - at.turn : 0};
-      if constexpr (!kAhead) fetch_system(at), fetch_inverse(at);
-      fetch_readers(at);
-      wait_copies<2>();
-      __syncthreads();
-      erase_state(at);
-      wait_copies<1>();
-      __syncthreads();
+    do {
+      const bool here = at.chunk.count > 0;
+      if constexpr (!kAhead) next = after(at), fetch_system(at), fetch_inverse(at);
+      if (here) {
+        fetch_readers(at);
+        wait_copies<2>();
+        __syncthreads();
+        erase_state(at);
+        wait_copies<1>();
+        __syncthreads();
+      }
       if constexpr (kAhead)
         fetch_system(next);
-      else if (!work().summarizes && !erases_keys())
+      else if (here && !work().summarizes && !erases_keys())
         load_keys(q(), p.q, scores().q(), at.chunk), commit_copies();
-      solve(at);
-      wait_copies<kAhead ? 1 : 0>();
-      __syncthreads();
+      if (here) {
+        solve(at);
+        wait_copies<kAhead ? 1 : 0>();
+        __syncthreads();
+      }
       if constexpr (kAhead) fetch_inverse(next);
-      if (!work().summarizes) read(at);
-      carry(at);
+      if (here) {
+        if (!work().summarizes) read(at);
+        carry(at);
+      }
       at = next;
-    }
+      if constexpr (kAhead) next = after(at);
+    } while (at.chunk.count > 0);
+  }
+  __device__ __forceinline__ FwdChunk after(const FwdChunk& at) const {
+    return {chunk_from(at.chunk.begin + kTokens), at.slot + 1, kAhead ? 1 - at.turn : 0};
   }
   __device__ __forceinline__ Chunk chunk_from(int64_t tau) const {
     return {tau, static_cast<int>(min(work().stretch.end - tau, int64_t{kTokens})), false, false};

@@ -82,14 +82,14 @@ struct ScoresBlock {
 
   // q, e, k of the keys from `column` on.
   __device__ __forceinline__ void load_slab(int64_t column) {
-    const auto load = [&](auto& to_matrix, const Data& x) {
+#pragma unroll 1
+    for (int which = 0; which < (kPerKey || in.erase ? 3 : 2); ++which) {
+      const Data& x = which == 0 ? in.q : which == 1 ? in.k : erase_of(in);
+      auto& to_matrix = which == 0 ? shared.q : which == 1 ? shared.k : shared.erase;
       visit_rows<T, kPerKey>(x, [&](const auto* data) {
-        load_rows<kScoresThreads>(to_matrix, data, rows(x, h), at.chunk.count, column, in.keys);
+        load_rows<kScoresThreads, 2>(to_matrix, data, rows(x, h), at.chunk.count, column, in.keys);
       });
-    };
-    load(shared.q, in.q);
-    load(shared.k, in.k);
-    if (kPerKey || in.erase) load(shared.erase, erase_of(in));
+    }
     commit_copies();
     if constexpr (kPerKey) {
       load_key_decays<kScoresThreads, R>(shared.decays, in.decay, rows(in.decay, hv), at.chunk.count, column, in.keys);

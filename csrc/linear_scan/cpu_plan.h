@@ -4,30 +4,15 @@
 // from the affine maps (common/affine.h) of those before it. Cuts are counted from the start of each run and depend on
 // sizes only, so results do not depend on threads.
 #pragma once
+#include "common/runs.h"
 #include "linear_scan/params.h"
 
 namespace seqkern::linear_scan {
 namespace {  // kernels are compiled once per instruction set, which must share no code
 
-constexpr int64_t at_most(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-constexpr int64_t at_least(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // Elements of a token.
 constexpr int64_t row_elements(const Inputs& in) {
   return in.channels * in.parts();
-}
-
-constexpr int64_t longest_run(const Inputs& in) {
-  int64_t longest = 0;
-  for (int64_t r = 0; r < in.num_runs; ++r) longest = at_least(longest, in.runs[r].end - in.runs[r].begin);
-  return longest;
 }
 
 // Tokens of a segment.

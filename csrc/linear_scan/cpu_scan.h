@@ -33,22 +33,16 @@ struct Scan : Call<F> {
 
   // ---- whole runs
 
-  // Positions in all blocks one after another are shared out; a run belongs to whom its first token belongs.
   void run_blocks() const {
     const int64_t tokens = at_least(1, in.sequences.batch * in.sequences.length);
     const int64_t width = width_of_block(tokens), blocks = ceil_div(this->elements, width);
-    parallel_for(0, blocks * tokens, kGrain / width + 1, [&](int64_t begin, int64_t end) {
-      Workspace<F> workspace = make_workspace(width);
-      for (int64_t block = begin / tokens; block * tokens < end; ++block) {
-        const int64_t first = first_run(begin - block * tokens), last = first_run(end - block * tokens);
-        for (int64_t r = first; r < last; ++r) {
-          const Run& run = in.runs[r];
-          const Block channels{block * width, at_most(width, this->elements - block * width)};
-          this->load_state(enter, row_entering(run), channels, workspace.carry);
-          scan({&run, r, run.begin, run.end}, channels, workspace);
-          this->store_state(workspace.carry, leave, row_leaving(run), channels);
-        }
-      }
+    const auto make = [&] { return make_workspace(width); };
+    for_all_runs(in, blocks, kGrain / width + 1, make, [&](int64_t r, int64_t block, Workspace<F>& workspace) {
+      const Run& run = in.runs[r];
+      const Block channels{block * width, at_most(width, this->elements - block * width)};
+      this->load_state(enter, row_entering(run), channels, workspace.carry);
+      scan({&run, r, run.begin, run.end}, channels, workspace);
+      this->store_state(workspace.carry, leave, row_leaving(run), channels);
     });
   }
 
@@ -65,23 +59,6 @@ struct Scan : Call<F> {
     const int64_t tile_elements = by_row ? pitch : kTileElements;
     return Workspace<F>(pitch, tile_elements, !this->are_decays_in_place() || in.a.dtype != in.accumulator,
                         gradient != nullptr);
-  }
-
-  // The first run at or after a position.
-  int64_t first_run(int64_t position) const {
-    const int64_t B_L = in.sequences.batch * in.sequences.length;
-    int64_t low = 0, high = in.num_runs;
-    if (position <= 0) return low;
-    if (position >= B_L) return high;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      const Run& run = in.runs[middle];
-      if (at_most(run.b * in.sequences.length + run.begin, B_L - 1) < position)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
   }
 
   int64_t row_entering(const Run& run) const { return kAdjoint ? run.final : run.initial; }

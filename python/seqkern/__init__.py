@@ -7,6 +7,7 @@ from ._config import batch_invariant
 from ._routes import pack_by_route
 from .ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from .ops.delta_rule import delta_rule, delta_rule_step
+from .ops.elementwise_rnn import elementwise_rnn, elementwise_rnn_step
 from .ops.linear_attention import gla, linear_attention, linear_attention_step, retention, rwkv6
 from .ops.linear_scan import linear_scan, linear_scan_step
 from .ops.mlstm import mlstm, mlstm_step
@@ -22,6 +23,8 @@ __all__ = [
     "causal_conv1d_step",
     "delta_rule",
     "delta_rule_step",
+    "elementwise_rnn",
+    "elementwise_rnn_step",
     "gla",
     "linear_attention",
     "linear_attention_step",

@@ -136,6 +136,19 @@ def _mlstm_step(ops: ModuleType, tensors: dict[str, Tensor], C: Tensor, n: Tenso
     return ops.mlstm_step((C, n, m), *(tensors[name][:, 0] for name in "qkvif"))
 
 
+def _rnn(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    state = (tensors["h"], tensors["c"], tensors["n"].exp(), tensors["m"])
+    h, final_state = ops.elementwise_rnn(
+        tensors["x"], tensors["weights"].tanh(), state, cell="slstm", return_final_state=True
+    )
+    return h, *final_state
+
+
+def _rnn_step(ops: ModuleType, tensors: dict[str, Tensor], h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> Tensor:
+    x, weights = tensors["x"][:, 0], tensors["weights"].tanh()
+    return ops.elementwise_rnn_step((h, c, n.exp_(), m), x, weights, cell="slstm")
+
+
 SELF_CHECKS = {
     "causal_conv1d": Check(
         {"x": (2, 40, 129), "weight": (40, 4), "bias": (40,), "initial_state": (2, 40, 3)},
@@ -147,6 +160,12 @@ SELF_CHECKS = {
         | {"log_decay": (2, 129, 4), "initial_state": (2, 4, 20, 12)},
         lambda ops, t: ops.delta_rule(**_delta(t), qk_l2norm=True, return_final_state=True),
         _delta_step,
+    ),
+    "elementwise_rnn": Check(
+        {"x": (2, 129, 4, 40), "weights": (4, 40), "h": (2, 40), "c": (2, 40), "n": (2, 40), "m": (2, 40)},
+        _rnn,
+        _rnn_step,
+        ("h", "c", "n", "m"),
     ),
     "linear_attention": Check(
         {"q": (2, 129, 2, 20), "k": (2, 129, 2, 20), "v": (2, 129, 4, 12), "log_decay": (2, 129, 4, 20)}

@@ -26,7 +26,7 @@ class Recurrence:
     """A call in plain torch, in one dtype, with time running forwards. A subclass says what tokens do to a state.
 
     Args:
-        tensors: by their names, those that are given; "v" are the values (B, L, HV, V) that y is like.
+        tensors: by their names, those that are given.
         tokens: names of those with time as their second dimension.
         parts: what the parts of a state are called, and what is in an empty one.
         packing: (cu_seqlens, seq_idx).
@@ -43,14 +43,14 @@ class Recurrence:
         reverse: bool,
         dtype: torch.dtype | None = None,
     ):
-        v = tensors["v"]
-        self.length, self.value_heads = v.shape[1:3]
-        self.dtype = dtype or accumulator(v.dtype)
+        like = self.like(tensors)
+        self.length, self.value_heads = like.shape[1:3]
+        self.dtype = dtype or accumulator(like.dtype)
         self.given, self.tokens, self.parts, self.reverse = tensors, tokens, parts, reverse
         self.inputs = self.convert(tensors)
         cu_seqlens, seq_idx = packing
-        self.num_states = num_states(v, cu_seqlens)
-        self.spans = [self._in_time(s) for s in spans(len(v), self.length, cu_seqlens, seq_idx, reverse)]
+        self.num_states = num_states(like, cu_seqlens)
+        self.spans = [self._in_time(s) for s in spans(len(like), self.length, cu_seqlens, seq_idx, reverse)]
 
     def chunk(self, state: Tensors, x: Tensors) -> tuple[Tensor, Tensors]:
         """Some tokens (R, T, ...) of one span from a state: (y, the state after them)."""
@@ -60,9 +60,16 @@ class Recurrence:
         """Of the parts of one row and value head."""
         raise NotImplementedError
 
+    def like(self, tensors: Tensors) -> Tensor:
+        """What y is like: (B, L, HV, ...)."""
+        return tensors["v"]
+
     def turned(self, name: str, tensor: Tensor) -> Tensor:
         """An argument, or its tangent or gradient, as this call computes with it; and back."""
-        return tensor.flip(1) if self.reverse and name in self.tokens else tensor
+        return self.in_time(tensor) if name in self.tokens else tensor
+
+    def in_time(self, tokens: Tensor) -> Tensor:
+        return tokens.flip(1) if self.reverse else tokens
 
     def _in_time(self, span: Span) -> Span:
         if not self.reverse:
@@ -87,7 +94,7 @@ class Recurrence:
         return empty if tensors is self.inputs else tree_map(torch.zeros_like, empty)
 
     def empty_state(self, rows: int) -> Tensors:
-        full, shapes = functools.partial(self.given["v"].new_full, dtype=self.dtype), self.shapes_of_state()
+        full, shapes = functools.partial(self.like(self.given).new_full, dtype=self.dtype), self.shapes_of_state()
         return {name: full((rows, self.value_heads, *shapes[name]), value) for name, value in self.parts.items()}
 
     def cut(self, tensors: Tensors, span: Span, begin: int, end: int) -> Tensors:
@@ -135,7 +142,7 @@ class Recurrence:
         One sweep forwards keeps the state and its derivative before every chunk, one sweep backwards recomputes and
         differentiates a chunk at a time.
         """
-        tangents, dy = self.convert(tangents), self.turned("v", dy.to(self.dtype))
+        tangents, dy = self.convert(tangents), self.in_time(dy.to(self.dtype))
         dfinal = None if dfinal is None else self.convert(dfinal)
         pieces, states, initial = [], {}, {}
         gradients: Tensors = {}
@@ -198,7 +205,7 @@ class Recurrence:
     # Results of spans and chunks, put together.
 
     def place_outputs(self, pieces: list, states: dict[int, Tensors]) -> tuple[Tensor, Tensors]:
-        y = self.turned("v", self.place(pieces, self.inputs["v"])).contiguous()  # torch wants the strides of y
+        y = self.in_time(self.place(pieces, self.like(self.inputs))).contiguous()  # torch wants the strides of y
         final = {name: self.turned(name, part).contiguous() for name, part in self.place_states(states).items()}
         return y, final
 

@@ -3,6 +3,7 @@
 python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --width 4 --dtype bf16
 python -m seqkern.plan selective_scan --batch 1 --channels 1536 --length 2048 --states 16 --dtype bf16
 python -m seqkern.plan linear_scan --batch 4 --length 4096 --channels 1024 --dtype bf16
+python -m seqkern.plan elementwise_rnn --batch 1 --length 16384 --channels 512 --cell gru --dtype bf16
 python -m seqkern.plan softmax_scan --batch 1 --length 2048 --heads 16 --size 64 --dtype bf16
 python -m seqkern.plan linear_attention --batch 1 --length 2048 --heads 8 --keys 128 --size 128 --decay key --dtype bf16
 python -m seqkern.plan delta_rule --batch 1 --length 2048 --heads 8 --keys 128 --size 128 --decay token --dtype bf16
@@ -66,6 +67,15 @@ def _parser() -> argparse.ArgumentParser:
     affine.add_argument("--reset", action="store_true")
     affine.add_argument("--states", action="store_true", help="with initial and final state")
     affine.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
+
+    rnn = operator("elementwise_rnn", _C.plan_elementwise_rnn, "channels")
+    rnn.add_argument("--cell", default="gru", choices=["gru", "lstm", "slstm", "indrnn", "elman"])
+    rnn.add_argument("--solver", default="auto", choices=["auto", "serial", "newton", "shooting"])
+    rnn.add_argument("--max-sweeps", type=int, default=0, help="0: the solver's own")
+    rnn.add_argument("--reset", action="store_true")
+    rnn.add_argument("--states", action="store_true", help="with initial and final state")
+    rnn.add_argument("--no-checkpoints", dest="checkpoints", action="store_false", help="no backward follows")
+    rnn.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
 
     softmax = operator("softmax_scan", _C.plan_softmax_scan, "heads", "size")
     softmax.add_argument("--states", action="store_true", help="with initial and final state")

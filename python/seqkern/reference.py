@@ -4,6 +4,8 @@ from .ops.causal_conv1d import reference as causal_conv1d
 from .ops.causal_conv1d import reference_step as causal_conv1d_step
 from .ops.delta_rule import reference as delta_rule
 from .ops.delta_rule import reference_step as delta_rule_step
+from .ops.elementwise_rnn import reference as elementwise_rnn
+from .ops.elementwise_rnn import reference_step as elementwise_rnn_step
 from .ops.linear_attention import reference as linear_attention
 from .ops.linear_attention import reference_step as linear_attention_step
 from .ops.linear_scan import reference as linear_scan
@@ -22,6 +24,8 @@ __all__ = [
     "causal_conv1d_step",
     "delta_rule",
     "delta_rule_step",
+    "elementwise_rnn",
+    "elementwise_rnn_step",
     "linear_attention",
     "linear_attention_step",
     "linear_scan",

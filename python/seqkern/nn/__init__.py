@@ -3,6 +3,7 @@
 from .aaren import Aaren
 from .conv import GatedConv
 from .delta import KDA, GatedDeltaNet
+from .elementwise import IndRNN, ParaGRU, ParaLSTM, SLSTMDiag
 from .gla import GLA
 from .hgrn import HGRN, HGRNLowerBounds
 from .lru import LRU
@@ -26,9 +27,13 @@ __all__ = [
     "GatedConv",
     "GatedDeltaNet",
     "HGRNLowerBounds",
+    "IndRNN",
     "Mamba",
     "Mamba2",
     "MinGRU",
     "MinLSTM",
+    "ParaGRU",
+    "ParaLSTM",
     "RetNet",
+    "SLSTMDiag",
 ]

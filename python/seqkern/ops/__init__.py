@@ -1,9 +1,27 @@
 """One module per operator: function, step function, reference, autograd, shapes for tracing."""
 
-from . import causal_conv1d, delta_rule, linear_attention, linear_scan, mlstm, selective_scan, softmax_scan, ssd  # noqa: F401
+from . import (  # noqa: F401
+    causal_conv1d,
+    delta_rule,
+    elementwise_rnn,
+    linear_attention,
+    linear_scan,
+    mlstm,
+    selective_scan,
+    softmax_scan,
+    ssd,
+)
 
 # Those with operators of their own: mlstm and ssd call those of linear_attention.
-_OPERATORS = (causal_conv1d, delta_rule, linear_attention, linear_scan, selective_scan, softmax_scan)
+_OPERATORS = (
+    causal_conv1d,
+    delta_rule,
+    elementwise_rnn,
+    linear_attention,
+    linear_scan,
+    selective_scan,
+    softmax_scan,
+)
 
 
 def register(namespace: str) -> None:

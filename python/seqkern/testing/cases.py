@@ -63,6 +63,7 @@ class Operator:
     state: dict[str, float] = field(default_factory=lambda: {"initial_state": 0.0})
     broadcast: tuple[str, ...] = ()  # arguments whose dimensions may be 1 or missing; their dtype is a parameter's
     native_layouts: tuple[str, ...] = ("contiguous",)  # in which data is not copied
+    native_factors: dict[str, Any] = field(default_factory=dict)  # of calls that convert no tensor before their kernel
     distinct: str = ""  # the letter of a last dimension along which no layout repeats values
     from_outputs: tuple[str, ...] = ()  # gradients computed from outputs as they were returned, after rounding
     # Gradients that are differences of sums over these letters, whose terms are as large as the largest among them.
