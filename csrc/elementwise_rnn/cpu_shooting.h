@@ -180,7 +180,7 @@ struct Shooting : Iterative<C, A> {
       load_vectors<A>(of.s + d, pitch, s), load_vectors<A>(of.F + d, pitch, F);
       load_vectors<A>(of.M + d, pitch, M), load_vectors<A>(of.N + d, pitch, N);
       amplify(N, e, inside);
-      good &= this->tolerates(e, s) & this->tolerates(inside, s);
+      good &= this->tolerates(e, s) & this->tolerates(inside, s) & this->tolerates(inside, F);
       largest = this->largest(e, this->largest(inside, largest));
       if (i + 1 == chunks) break;
       amplify(M, e, next);

@@ -69,14 +69,15 @@ struct Iterative : Forward<C, A> {
   Iterative(const FwdParams& params, int64_t width, int64_t default_sweeps)
       : Base(params, width), max_sweeps(p.max_sweeps > 0 ? p.max_sweeps : default_sweeps) {}
 
-  // Whether the errors e of a state s are tolerated.
+  // Whether the estimated errors e of a state s are accepted. Beside inf there is no size to compare with.
   Mask<V> tolerates(const V (&e)[kS], const V (&s)[kS]) const {
     Mask<V> all = ~Mask<V>{};
     for (int i = 0; i < kS; ++i) {
       const V size = magnitude(s[i]);
-      const V bound = p.atol < 0 ? static_cast<A>(tolerance_of(in.accumulator)) * select(size > 1, size, V{} + 1)
-                                 : V{} + static_cast<A>(p.atol);
-      all &= e[i] <= bound;  // false for NaN
+      const V scale = select((size > 1) & (size - size == 0), size, V{} + 1);
+      const V tolerance =
+          p.atol < 0 ? static_cast<A>(tolerance_of(in.accumulator)) * scale : V{} + static_cast<A>(p.atol);
+      all &= e[i] <= static_cast<A>(kAccepted) * tolerance;  // false for NaN
     }
     return all;
   }

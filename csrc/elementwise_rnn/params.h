@@ -74,7 +74,7 @@ struct Stats {
 
 struct FwdParams : Inputs {
   Solver solver = Solver::kSerial;  // automatic: the plan chooses
-  double atol = -1;                 // < 0: kDefaultTolerance times max(1, |state|)
+  double atol = -1;                 // < 0: tolerance_of(accumulator) times max(1, |state|)
   int64_t max_sweeps = 0;           // 0: the solver's own
   Data h = {};                      // (B, L, D), contiguous, dtype of x
   Array final_state = {};           // (S, sequences.count, D), accumulator dtype
@@ -86,6 +86,9 @@ struct FwdParams : Inputs {
 constexpr double tolerance_of(DType accumulator) {
   return accumulator == DType::kFloat64 ? 1e-11 : 1e-5;
 }
+// An estimate is accepted at this part of the tolerance: it is of first order, and does not know how what is rounded
+// inside a chunk grows there.
+constexpr double kAccepted = 0.5;
 
 // The adjoint, time reversed. Of a token, with ds_t the gradient of s_t (dh_t added to its first number):
 //   [adjoint]  ds_{t-1}, dx_t, dweights += the cell's adjoint(x_t, s_{t-1}, ds_t)
@@ -111,10 +114,10 @@ struct StepParams {
   int64_t rows;      // R, rows of the state pool
   Cell cell;
   DType accumulator;
-  Rows state[4];  // (R, D) each, as published; updated in place
-  GateData x;     // (B, G, D), contiguous channels; l is not used
-  Array weights;  // (W, D), contiguous
-  Rows h;         // (B, D)
+  Rows state[4];                        // (R, D) each, as published; updated in place
+  GateData x;                           // (B, G, D), contiguous channels; l is not used
+  Array weights;                        // (W, D), contiguous
+  Rows h;                               // (B, D)
   const void* state_indices = nullptr;  // (B,) row of state of each batch row; outside [0, R): skipped, h = 0
   bool state_indices_is_int64 = false;
 };

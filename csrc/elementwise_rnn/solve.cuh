@@ -56,13 +56,13 @@ __device__ __forceinline__ void extend(R (&m)[S][S], R (&n)[S][S], const R (&jac
   }
 }
 
-// How large an error of a number may be that goes from `begins` to `ends`.
+// How large the estimated error of a number may be that goes from `begins` to `ends`.
 template <typename R>
 __device__ __forceinline__ R allowed(const FwdParams& p, R begins, R ends) {
-  if (p.atol >= 0) return static_cast<R>(p.atol);
+  if (p.atol >= 0) return static_cast<R>(kAccepted * p.atol);
   const R size = min(R(fabs(begins)), R(fabs(ends)));
   const bool scales = size > R(1) && size <= std::numeric_limits<R>::max();
-  return static_cast<R>(tolerance_of(kDType<R>)) * (scales ? size : R(1));
+  return static_cast<R>(kAccepted * tolerance_of(kDType<R>)) * (scales ? size : R(1));
 }
 
 }  // namespace seqkern::elementwise_rnn::cuda

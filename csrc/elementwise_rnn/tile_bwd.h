@@ -103,7 +103,8 @@ constexpr Array partial_sums(const BwdParams& p, const BwdPlan& plan) {
 void bwd(const BwdParams& p, const BwdPlan& plan, Stream stream);
 void bwd_reduce(const BwdParams& p, const BwdPlan& plan, Stream stream);
 
-// Instances of kernels: for each cell serial ones in fp32 and fp64, and tiles in fp32; one that clears flags; sums of dweights in both.
+// Instances of kernels: for each cell serial ones in fp32 and fp64, and tiles in fp32; one that clears flags; sums of
+// dweights in both.
 constexpr int kBwdKernels = 3 * kCells + 1, kBwdReduceKernels = 2;
 
 }  // namespace seqkern::elementwise_rnn::cuda
