@@ -238,8 +238,7 @@ py::dict plan_elementwise_rnn(int64_t batch, int64_t length, int64_t channels, c
   rnn::Inputs in{};
   int64_t number = 0;
   while (number < rnn::kCells && cell != rnn::sizes_of(static_cast<rnn::Cell>(number)).name) ++number;
-  if (number == rnn::kCells)
-    throw std::invalid_argument("cell must be gru, lstm, slstm, indrnn or elman, got " + cell);
+  if (number == rnn::kCells) throw std::invalid_argument("cell must be gru, lstm, slstm, indrnn or elman, got " + cell);
   const auto found = kSolvers.find(solver);
   if (found == kSolvers.end())
     throw std::invalid_argument("solver must be auto, serial, newton or shooting, got " + solver);
@@ -272,7 +271,9 @@ py::dict plan_elementwise_rnn(int64_t batch, int64_t length, int64_t channels, c
   const rnn::cuda::Tile& tile = plan.tile;
   const bool serial = plan.solver == rnn::Solver::kSerial, newton = plan.solver == rnn::Solver::kNewton;
   py::dict forward = facts(plan.why, plan.cut.blocks, plan.cut.threads,
-                           serial ? tile.serial_blocks : newton ? tile.newton_blocks : tile.sweep_blocks,
+                           serial   ? tile.serial_blocks
+                           : newton ? tile.newton_blocks
+                                    : tile.sweep_blocks,
                            plan.workspace_bytes, plan.bytes);
   forward["solver"] = serial ? "serial" : newton ? "newton" : "shooting";
   forward["chunks of a row"] = plan.chunks;
