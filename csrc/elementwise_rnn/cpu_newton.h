@@ -117,7 +117,11 @@ struct Newton : Iterative<C, A> {
       C::tangent(w, x_t, f, J);
       load_vectors<A>(states.at(t + 1) + d, width, s);
       amplify(J, before, e);
-      for (int i = 0; i < kS; ++i) e[i] += magnitude(change(f[i], s[i]));
+      const Mask<V> differs = any_error(before);  // states that are equal are rounded alike
+      for (int i = 0; i < kS; ++i) {
+        e[i] += magnitude(change(f[i], s[i]));
+        e[i] = select(differs, larger(e[i], this->rounding(s[i])), e[i]);
+      }
       good &= this->tolerates(e, s);
       largest = this->largest(e, largest);
     }

@@ -37,10 +37,10 @@ constexpr Solver solver_of(const FwdParams& p) {
   return p.solver == Solver::kAutomatic ? Solver::kSerial : p.solver;
 }
 
-// What shooting keeps of each chunk: s_p, F_p, M_p, N_p; and of each row, besides: see cpu_shooting.h.
+// What shooting keeps of each chunk: s_p, F_p, M_p, N_p, R_p, Q_p; and of each row, besides: see cpu_shooting.h.
 constexpr int64_t numbers_of_chunk(const Inputs& in) {
   const int64_t S = in.sizes().states;
-  return 2 * S + 2 * S * S;
+  return 4 * S + 2 * S * S;
 }
 constexpr int64_t kNumbersOfRow = 2;
 

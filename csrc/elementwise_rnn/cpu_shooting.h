@@ -7,8 +7,11 @@ namespace {
 
 // In each sweep, side by side, chunks p go from s_p to F_p:
 //   [sweep]    s_t, M_t = d s_t / d s_p, and N_p = max |M_t|;  F_p and M_p: of the last token
+//              R_t = max(|J_t| R_{t-1}, rounding of s_t), what has grown of any rounding, and Q_p = max R_t;  R_p
+//              likewise
 //   [correct]  s_{p+1} += F_p - s_{p+1} + M_p (change of s_p)
-//   [estimate] e_{p+1} = |M_p| e_p + |F_p - s_{p+1}|, within chunk p N_p e_p: of the states before the correction
+//   [estimate] e_{p+1} = |M_p| e_p + R_p + |F_p - s_{p+1}|, within chunk p N_p e_p + Q_p: of the states before the
+//              correction; without R_p and Q_p where e_p = 0, since equal states are rounded alike
 // After k sweeps the first k chunks are exact, and are not swept again.
 template <class C, class A>
 struct Shooting : Iterative<C, A> {
@@ -25,10 +28,12 @@ struct Shooting : Iterative<C, A> {
   struct Chunk {
     A *s, *F;  // (kS, pitch)
     A *M, *N;  // (kS, kS, pitch)
+    A *R, *Q;  // (kS, pitch)
   };
   Chunk chunk(int64_t b, int64_t i, const Block& block) const {
     A* const s = numbers + (b * chunks + i) * numbers_of_chunk(in) * pitch + block.first;
-    return {s, s + kS * pitch, s + 2 * kS * pitch, s + (2 + kS) * kS * pitch};
+    A* const R = s + (2 + 2 * kS) * kS * pitch;
+    return {s, s + kS * pitch, s + 2 * kS * pitch, s + (2 + kS) * kS * pitch, R, R + kS * pitch};
   }
   // The sweep that a channel was accepted in, or 0; and its last estimate.
   A* accepted(int64_t b, const Block& block) const { return rows + 2 * b * pitch + block.first; }
@@ -38,12 +43,14 @@ struct Shooting : Iterative<C, A> {
 
   struct Arrays : Forward<C, A>::Arrays {
     A *M, *N;   // (kS, kS, width)
+    A *R, *Q;   // (kS, width)
     A* marked;  // (width)
 
     template <class Take>
     void allocate(const Shooting& call, const Take& take) {
       Forward<C, A>::Arrays::allocate(call, take);
-      M = take(kS * kS * call.width), N = take(kS * kS * call.width), marked = take(call.width);
+      M = take(kS * kS * call.width), N = take(kS * kS * call.width);
+      R = take(kS * call.width), Q = take(kS * call.width), marked = take(call.width);
     }
   };
   using Workspace = InScratch<A, Arrays>;
@@ -104,12 +111,13 @@ struct Shooting : Iterative<C, A> {
       for (int j = 0; j < kS; ++j) M[j][j] = V{} + 1;
       store_vectors<A>(M, a.M + d, width);
     }
+    clear(a.R, kS * width), clear(a.Q, kS * width);
     bool follows = true;  // from s_p
     const int64_t q = i * tokens;
     this->for_each_run(b, q, at_most(L, q + tokens), [&](const Run& run, int64_t from, int64_t to) {
       if (from == this->first(run)) {
         this->load_initial_state(run, block, a.s);
-        clear(a.M, kS * kS * width);
+        clear(a.M, kS * kS * width), clear(a.R, kS * width);
         follows = false;
       }
       if (follows)
@@ -123,6 +131,8 @@ struct Shooting : Iterative<C, A> {
       load_vectors<A>(a.s + d, width, s), store_vectors<A>(s, of.F + d, pitch);
       load_vectors<A>(a.M + d, width, matrix), store_vectors<A>(matrix, of.M + d, pitch);
       load_vectors<A>(a.N + d, width, matrix), store_vectors<A>(matrix, of.N + d, pitch);
+      load_vectors<A>(a.R + d, width, s), store_vectors<A>(s, of.R + d, pitch);
+      load_vectors<A>(a.Q + d, width, s), store_vectors<A>(s, of.Q + d, pitch);
     }
   }
 
@@ -131,19 +141,23 @@ struct Shooting : Iterative<C, A> {
     this->for_each_tile(b, q, end, block, a, nullptr, [&](int64_t count, const auto& x, const auto& out) {
       for (int64_t t = 0; t < count; ++t)
         for (int64_t d = 0; d < block.count; d += kLanes<A>) {
-          V w[kW], x_t[kG], s[kS], J[kS][kS], before[kS][kS], M[kS][kS], N[kS][kS];
+          V w[kW], x_t[kG], s[kS], J[kS][kS], before[kS][kS], M[kS][kS], N[kS][kS], R[kS], Q[kS], grown[kS];
           load_vectors<A>(a.w + d, width, w);
           load_vectors(x.at(t) + d, x.part, x_t);
           load_vectors<A>(a.s + d, width, s);
           load_vectors<A>(a.M + d, width, before);
           load_vectors<A>(a.N + d, width, N);
+          load_vectors<A>(a.R + d, width, R), load_vectors<A>(a.Q + d, width, Q);
           C::tangent(w, x_t, s, J);
           multiply(J, before, M);
           for (int i = 0; i < kS; ++i)
             for (int j = 0; j < kS; ++j) N[i][j] = larger(magnitude(M[i][j]), N[i][j]);
+          amplify(J, R, grown);
+          for (int i = 0; i < kS; ++i) R[i] = larger(grown[i], this->rounding(s[i])), Q[i] = larger(R[i], Q[i]);
           store_vectors<A>(s, a.s + d, width);
           store_vectors<A>(M, a.M + d, width);
           store_vectors<A>(N, a.N + d, width);
+          store_vectors<A>(R, a.R + d, width), store_vectors<A>(Q, a.Q + d, width);
           store<A>(out.at(t) + d, s[0]);
         }
     });
@@ -176,14 +190,16 @@ struct Shooting : Iterative<C, A> {
     V e[kS] = {};
     for (int64_t i = 0; i < chunks; ++i) {
       const Chunk of = chunk(b, i, block);
-      V s[kS], F[kS], M[kS][kS], N[kS][kS], inside[kS], next[kS];
+      V s[kS], F[kS], M[kS][kS], N[kS][kS], R[kS], Q[kS], inside[kS], next[kS];
       load_vectors<A>(of.s + d, pitch, s), load_vectors<A>(of.F + d, pitch, F);
       load_vectors<A>(of.M + d, pitch, M), load_vectors<A>(of.N + d, pitch, N);
-      amplify(N, e, inside);
+      load_vectors<A>(of.R + d, pitch, R), load_vectors<A>(of.Q + d, pitch, Q);
+      amplify(N, e, inside), amplify(M, e, next);
+      const Mask<V> differs = any_error(e);
+      for (int j = 0; j < kS; ++j) inside[j] += select(differs, Q[j], V{}), next[j] += select(differs, R[j], V{});
       good &= this->tolerates(e, s) & this->tolerates(inside, s) & this->tolerates(inside, F);
       largest = this->largest(e, this->largest(inside, largest));
       if (i + 1 == chunks) break;
-      amplify(M, e, next);
       load_vectors<A>(chunk(b, i + 1, block).s + d, pitch, s);
       for (int j = 0; j < kS; ++j) e[j] = next[j] + magnitude(change(F[j], s[j]));
     }

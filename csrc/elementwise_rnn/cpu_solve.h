@@ -47,6 +47,13 @@ inline void amplify(const V (&a)[kS][kS], const V (&e)[kS], V (&to)[kS]) {
     for (int j = 0; j < kS; ++j) to[i] = madd_nonzero(magnitude(a[i][j]), e[j], to[i]);
   }
 }
+// Where any of them is not 0.
+template <class V, int kS>
+inline Mask<V> any_error(const V (&e)[kS]) {
+  Mask<V> any = e[0] != 0;
+  for (int i = 1; i < kS; ++i) any |= e[i] != 0;
+  return any;
+}
 // [correct] What f becomes when the state that it follows from changes by delta: f + M delta, or f if that is not
 // finite.
 template <class V, int kS>
@@ -81,6 +88,9 @@ struct Iterative : Forward<C, A> {
     }
     return all;
   }
+
+  // What rounding adds to a state.
+  V rounding(V s) const { return static_cast<A>(rounding_of(in.accumulator)) * magnitude(s); }
 
   static V largest(const V (&e)[kS], V so_far) {
     for (int i = 0; i < kS; ++i) so_far = larger(e[i], so_far);

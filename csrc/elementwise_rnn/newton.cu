@@ -3,7 +3,7 @@
 //
 //   f_t = cell(x_t, s_{t-1}),  J_t its Jacobian,  M_t = J_t ... J_1 from where the chunk begins
 //   [correct]   s_t <- f_t + J_t d_{t-1}, where d is the change: J d within the chunk, M d between chunks
-//   [estimate]  e_t = |J_t| e_{t-1} + |f_t - s_t|
+//   [estimate]  e_t = |J_t| e_{t-1} + |f_t - s_t|, where e_{t-1} is not 0 at least the rounding of s_t
 //
 // The estimate is one of the states before the pass corrects them, and bounds how far it does. Where it is small
 // enough a channel is corrected for the last time; the pass after that is the proof.
@@ -68,6 +68,7 @@ class Iterate : public Channel<kCell, R, kNewtonTokens<kCell, R>> {
       this->gates_of(t, x);
       Base::Cell::tangent(this->w, x, s.s, jacobian);
       extend(m, n_, jacobian);
+      const bool differs = any_error(e);  // states that are equal are rounded alike
       R next_d[S], next_e[S];
 #pragma unroll
       for (int i = 0; i < S; ++i) {
@@ -75,6 +76,7 @@ class Iterate : public Channel<kCell, R, kNewtonTokens<kCell, R>> {
         const R f = s.s[i], was = state, now = corrected(f, jacobian[i], d);
         next_d[i] = difference(now, was);
         next_e[i] = add_sizes(R(fabs(difference(f, was))), jacobian[i], e);
+        if (differs) next_e[i] = larger(next_e[i], rounding(was));
         worst_[i] = larger(next_e[i], worst_[i]);
         if (moves) state = now;
         s.s[i] = was;
@@ -98,6 +100,7 @@ class Iterate : public Channel<kCell, R, kNewtonTokens<kCell, R>> {
 #pragma unroll 1
     for (int w = 0; w < kTileWarps; ++w) {
       if (w == warp_of()) memcpy(d, change, sizeof(d)), memcpy(e, leaves, sizeof(e));
+      const bool differs = any_error(leaves);
       R next_change[S], next_error[S];
 #pragma unroll
       for (int i = 0; i < S; ++i) {
@@ -106,6 +109,7 @@ class Iterate : public Channel<kCell, R, kNewtonTokens<kCell, R>> {
         for (int j = 0; j < S; ++j) row[j] = room.m[w][kTokens - 1][i][j][lane_of()];
         next_change[i] = add_product(room.d[w][i][lane_of()], row, change);
         next_error[i] = add_sizes(room.e[w][i][lane_of()], row, leaves);
+        if (differs) next_error[i] = larger(next_error[i], rounding(room.ends[w][i][lane_of()]));
       }
       memcpy(change, next_change, sizeof(change)), memcpy(leaves, next_error, sizeof(leaves));
     }

@@ -86,9 +86,11 @@ struct FwdParams : Inputs {
 constexpr double tolerance_of(DType accumulator) {
   return accumulator == DType::kFloat64 ? 1e-11 : 1e-5;
 }
-// An estimate is accepted at this part of the tolerance: it is of first order, and does not know how what is rounded
-// inside a chunk grows there.
-constexpr double kAccepted = 0.5;
+constexpr double kAccepted = 0.5;  // part of the tolerance that an estimate of first order may take
+// Where two sequences of states differ they are rounded differently, by this part of a state at every token.
+constexpr double rounding_of(DType accumulator) {
+  return accumulator == DType::kFloat64 ? 0x1p-51 : 0x1p-22;
+}
 
 // The adjoint, time reversed. Of a token, with ds_t the gradient of s_t (dh_t added to its first number):
 //   [adjoint]  ds_{t-1}, dx_t, dweights += the cell's adjoint(x_t, s_{t-1}, ds_t)

@@ -1,9 +1,11 @@
 // Shooting: the unknowns are the states s_p with which the P chunks of a row begin. A launch per sweep, and one more
 // that repairs; nothing waits for the host.
 //
-//   [sweep]     s_t = cell(x_t, s_{t-1}) from s_p on; M_t = d s_t / d s_p; F_p, M_p at the end; N_p = max |M_t|
+//   [sweep]     s_t = cell(x_t, s_{t-1}) from s_p on; M_t = d s_t / d s_p; F_p, M_p at the end; N_p = max |M_t|;
+//               R_t = max(|J_t| R_{t-1}, rounding of s_t), what has grown of any rounding; R_p, Q_p likewise
 //   [correct]   s_{p+1} <- F_p + M_p (change of s_p)
-//   [estimate]  e_{p+1} = |M_p| e_p + |F_p - s_{p+1}|, e_0 = 0; within chunk p states are off by at most N_p e_p
+//   [estimate]  e_{p+1} = |M_p| e_p + R_p + |F_p - s_{p+1}|, e_0 = 0; within chunk p states are off by at most
+//               N_p e_p + Q_p; without R_p and Q_p where e_p = 0, since equal states are rounded alike
 //
 // max and |.| are elementwise; the estimate is of first order. A launch begins with [correct] and [estimate], which
 // every warp works out for itself from what the sweep before it left: launches read one of two boards and write the
@@ -31,6 +33,7 @@ template <typename R, int S>
 struct Chunk {
   R begins[S], ends[S];  // s_p, F_p
   R m[S][S], n[S][S];
+  R r[S], q[S];
 
   static constexpr int kAtOnce = S == 1 && sizeof(R) == 4 ? 8 : S == 1 ? 4 : S == 2 ? 2 : 1;  // that are read
 };
@@ -96,13 +99,14 @@ __device__ __forceinline__ Verdict<R, S> judge(const FwdParams& p, const Board<R
       change[i] = difference(s[i], chunk.begins[i]);
       e[i] += fabs(difference(arrives[i], chunk.begins[i]));
     }
+    const bool differs = any_error(e);
     R next[S];
 #pragma unroll
     for (int i = 0; i < S; ++i) {
-      const R within = larger(e[i], add_sizes(R(0), chunk.n[i], e));
+      const R within = larger(e[i], add_sizes(differs ? chunk.q[i] : R(0), chunk.n[i], e));
       verdict.estimate = larger(within, verdict.estimate);
       verdict.accepted &= within <= allowed(p, chunk.begins[i], chunk.ends[i]);
-      next[i] = add_sizes(R(0), chunk.m[i], e);
+      next[i] = add_sizes(differs ? chunk.r[i] : R(0), chunk.m[i], e);
       arrives[i] = chunk.ends[i];
       s[i] = corrected(chunk.ends[i], chunk.m[i], change);
     }
@@ -118,7 +122,7 @@ struct Shot : Channel<kCell, R> {
   using Base = Channel<kCell, R>;
   static constexpr int S = Base::kStates;
   struct Carry : State<R, S> {
-    R m[S][S];
+    R m[S][S], r[S];
   };
   using Base::Base;
 
@@ -128,18 +132,25 @@ struct Shot : Channel<kCell, R> {
     Base::Cell::tangent(this->w, x, carry.s, jacobian);
     this->put_token(t.i, carry.s[0]);
     extend(carry.m, n, jacobian);
+    R grown[S];
+#pragma unroll
+    for (int i = 0; i < S; ++i) {
+      grown[i] = larger(add_sizes(R(0), jacobian[i], carry.r), rounding(carry.s[i]));
+      q[i] = larger(grown[i], q[i]);
+    }
+    memcpy(carry.r, grown, sizeof(grown));
   }
   // What follows does not depend on s_p.
-  __device__ __forceinline__ Carry initial(int64_t row, int64_t) const { return {this->state_of(row), {}}; }
+  __device__ __forceinline__ Carry initial(int64_t row, int64_t) const { return {this->state_of(row), {}, {}}; }
 
-  R n[S][S] = {};
+  R n[S][S] = {}, q[S] = {};
 };
 
 // [sweep], [correct], [estimate]
 // warp     a chunk of 32 channels of one batch row; where it repairs, what follows the last chunk that is exact
 // thread   one channel; of chunks of tokens the next one is on its way in registers
 // shared   the gates of a chunk, a lane's own
-// bytes    x once, and from the second sweep on h; 2 S (1 + S) numbers of each chunk, read by all warps of the chain
+// bytes    x once, and from the second sweep on h; 2 S (2 + S) numbers of each chunk, read by all warps of the chain
 // limits   tiles B D / 32 < 2^31 blocks
 template <int kCell, typename R>
 __global__ void __launch_bounds__(kSerialWarps* kWarpSize, tile_of(sizeof(R)).sweep_blocks)
@@ -186,6 +197,7 @@ __global__ void __launch_bounds__(kSerialWarps* kWarpSize, tile_of(sizeof(R)).sw
   if (sweep.repairs) return;
   memcpy(found.ends, carry.s, sizeof(found.ends)), memcpy(found.m, carry.m, sizeof(found.m));
   memcpy(found.n, walk.n, sizeof(found.n));
+  memcpy(found.r, carry.r, sizeof(found.r)), memcpy(found.q, walk.q, sizeof(found.q));
   board.write(chunk, found);
 }
 

@@ -56,6 +56,19 @@ __device__ __forceinline__ void extend(R (&m)[S][S], R (&n)[S][S], const R (&jac
   }
 }
 
+// What rounding adds to a state.
+template <typename R>
+__device__ __forceinline__ R rounding(R s) {
+  return static_cast<R>(rounding_of(kDType<R>)) * R(fabs(s));
+}
+template <typename R, int S>
+__device__ __forceinline__ bool any_error(const R (&e)[S]) {
+  bool any = false;
+#pragma unroll
+  for (int i = 0; i < S; ++i) any |= e[i] != R(0);
+  return any;
+}
+
 // How large the estimated error of a number may be that goes from `begins` to `ends`.
 template <typename R>
 __device__ __forceinline__ R allowed(const FwdParams& p, R begins, R ends) {

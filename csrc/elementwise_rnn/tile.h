@@ -150,9 +150,9 @@ struct FwdPlan {
   int64_t bytes;
 };
 
-// What a chunk says of a channel: the state it began with and the one it ends with, S numbers each, and M and N.
+// What a chunk says of a channel: the state it began with and the one it ends with, R and Q, S numbers each, M and N.
 constexpr int chunk_numbers(int states) {
-  return 2 * states * (1 + states);
+  return 2 * states * (2 + states);
 }
 
 constexpr FwdPlan plan_fwd(const FwdParams& p, Choice choice) {
