@@ -28,6 +28,7 @@ TABLES = ("case", "small_case", "tiny_case")
 # Of the processor, for the tests that name an operator, without a GPU and without builds; those that name a folder of
 # kernels serve all its operators. Twice as much fails: slow cores, or two threads on one, may take so long.
 TEST_SECONDS = {str(operator): 120 * max(1, SERVED[str(operator)]) for operator in OPERATORS}
+TEST_SECONDS["delta_rule"] = 240  # decays of three forms, each with kernels of its own
 BUILDS = ("test_compilation_keeps_its_budget", "test_builds_keep_their_budget")
 _spent = Counter()
 

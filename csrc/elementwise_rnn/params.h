@@ -22,11 +22,13 @@ struct CellSizes {
   int states;          // S, numbers that kernels carry
   int published;       // parts of the state of a step: sLSTM's are h, c, n, m
 };
+namespace {  // CPU kernels are compiled once per instruction set, which must share no code
 constexpr CellSizes sizes_of(Cell cell) {
   constexpr CellSizes kSizes[kCells] = {
       {"gru", 3, 3, 1, 1}, {"lstm", 3, 5, 2, 2}, {"slstm", 4, 4, 3, 4}, {"indrnn", 1, 1, 1, 1}, {"elman", 1, 1, 1, 1}};
   return kSizes[static_cast<int64_t>(cell)];
 }
+}  // namespace
 
 // How the forward is solved; see README.md.
 //   serial    token by token
