@@ -144,7 +144,7 @@ PEERS = (
     Peer("compiled", loop_compiled, SEQUENCES, options=frozenset({"gru"}), compiles=True),
     *(
         Peer("compiled", lambda cell=cell: torch.compile(step_of(cell)), STEP, options=frozenset({cell}), compiles=True)
-        for cell in ("gru", "slstm")
+        for cell in ("gru", "lstm")
     ),
     Peer("torch.nn.GRU", torch_gru, SEQUENCES, options=frozenset({"gru"}), slow=True, unfit=_dense),
     Peer("pararnn", pararnn, FORWARD, options=frozenset({"gru"}), slow=True),

@@ -78,14 +78,16 @@ struct Forward : Call<C, A> {
   // [cell]
   template <class T, class U>
   void advance(int64_t tokens, const Block& block, const A* w, const Tile<T>& x, A* s, const Tile<U>& out) const {
+    // Processors do not foresee the gates of tokens to come: those of the next one where rows are long, and farther
+    // where they are short.
+    const int64_t ahead = at_least(1, kAhead / width);
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t d = 0; d < block.count; d += kLanes<A>) {
         V w_d[kW], x_t[kG], s_t[kS];
         load_vectors<A>(w + d, width, w_d);
         load_vectors(x.at(t) + d, x.part, x_t);
         load_vectors<A>(s + d, width, s_t);
-        // Processors do not foresee the gates of the next token where rows are long.
-        for (int i = 0; i < kG; ++i) prefetch_read(x.at(t + 1, i) + d, 0);
+        for (int i = 0; i < kG; ++i) prefetch_read(x.at(t + ahead, i) + d, 0);
         C::step(w_d, x_t, s_t);
         store_vectors<A>(s_t, s + d, width);
         store<A>(out.at(t) + d, s_t[0]);
@@ -101,6 +103,7 @@ struct Forward : Call<C, A> {
 
   static constexpr int64_t kTileNumbers = 6144;
   static constexpr int64_t kGrain = 1 << 13;  // channels of tokens worth another thread
+  static constexpr int64_t kAhead = 256;      // channels of tokens
 };
 
 }  // namespace
