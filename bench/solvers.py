@@ -1,12 +1,12 @@
 """Which solver of elementwise_rnn is the fastest, over channels and tokens: a table, JSON and a heat map.
 
-    python3 bench/solvers.py                              # every pair that fits, about five minutes on two cores
+    python3 bench/solvers.py                              # every pair that fits, two minutes on two cores
     python3 bench/solvers.py --cell lstm --scale 1 --out bench/results
     python3 bench/solvers.py --channels 64 1024 --tokens 512 4096 --rounds 3
 
-Of one batch row, inputs and recurrent weights are normal numbers, the weights times --scale. Solvers take turns; a time is
-a median, and every solver's answer is compared with float64 first. Beside the solvers: a Python loop, torch.nn.GRU (of
-as many channels, with dense matrices) and pararnn-torch where it is installed; these only where they take less than
+Of one batch row, inputs and recurrent weights are normal numbers, the weights times --scale. Solvers take turns; a time
+is a median, and every solver's answer is compared with float64 first. Beside the solvers: a Python loop, torch.nn.GRU
+(of as many channels, with dense matrices) and pararnn-torch where it is installed; these only where they take less than
 about a second. Nothing is extrapolated: an empty cell was not measured.
 """
 
