@@ -24,9 +24,10 @@ struct Sequences {
 // One stretch of tokens that belong together: [begin, end) of batch row b, in memory order.
 struct Run {
   int64_t b, begin, end;
-  int64_t initial;  // row of initial_state that enters it, -1: zeros
-  int64_t final;    // row of final_state that follows it, -1: none
-  bool padding;     // no sequence: outputs and gradients are zero
+  int64_t initial;       // row of initial_state that enters it, -1: zeros
+  int64_t final;         // row of final_state that follows it, -1: none
+  bool padding;          // no sequence: outputs and gradients are zero
+  int64_t sequence = 0;  // of the batch, or of the row with seq_idx
 };
 
 }  // namespace seqkern

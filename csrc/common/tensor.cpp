@@ -109,7 +109,8 @@ std::vector<Run> runs_of_cu_seqlens(const Checker& check, const Sequences& s) {
   for (int64_t n = 0; n < s.count; ++n) {
     if (bound(n + 1) < bound(n))
       check.fail("cu_seqlens must not decrease, got ", bound(n), " then ", bound(n + 1), " at ", n + 1);
-    runs.push_back({.b = 0, .begin = bound(n), .end = bound(n + 1), .initial = n, .final = n, .padding = false});
+    runs.push_back(
+        {.b = 0, .begin = bound(n), .end = bound(n + 1), .initial = n, .final = n, .padding = false, .sequence = n});
   }
   return runs;
 }
@@ -122,12 +123,13 @@ void append_runs_of_row(std::vector<Run>& runs, const Sequences& s, int64_t b) {
     const bool padding = id[begin] < 0;
     for (end = begin + 1; end < s.length && (padding ? id[end] < 0 : id[end] == id[begin]); ++end) {
     }
-    runs.push_back({.b = b, .begin = begin, .end = end, .initial = -1, .final = -1, .padding = padding});
+    runs.push_back({.b = b, .begin = begin, .end = end, .initial = -1, .final = -1, .padding = padding, .sequence = b});
   }
   const auto is_sequence = [](const Run& run) { return !run.padding; };
   const auto lowest = std::find_if(runs.begin() + row, runs.end(), is_sequence);
   if (lowest == runs.end()) {
-    runs.insert(runs.begin() + row, {.b = b, .begin = 0, .end = 0, .initial = b, .final = b, .padding = false});
+    runs.insert(runs.begin() + row,
+                {.b = b, .begin = 0, .end = 0, .initial = b, .final = b, .padding = false, .sequence = b});
     return;
   }
   const auto highest = std::find_if(runs.rbegin(), runs.rend(), is_sequence);
@@ -144,7 +146,7 @@ std::vector<Run> host_runs(const Checker& check, const Sequences& s) {
     if (s.seq_idx)
       append_runs_of_row(runs, s, b);
     else
-      runs.push_back({.b = b, .begin = 0, .end = s.length, .initial = b, .final = b, .padding = false});
+      runs.push_back({.b = b, .begin = 0, .end = s.length, .initial = b, .final = b, .padding = false, .sequence = b});
   }
   return runs;
 }
@@ -158,7 +160,13 @@ std::vector<Run> cut_at_resets(const std::vector<Run>& runs, const Sequences& s,
     }
     const bool* const resets = reset + run.b * s.length;
     const size_t lowest = cut.size();
-    Run piece = {.b = run.b, .begin = run.begin, .end = run.end, .initial = -1, .final = -1, .padding = false};
+    Run piece = {.b = run.b,
+                 .begin = run.begin,
+                 .end = run.end,
+                 .initial = -1,
+                 .final = -1,
+                 .padding = false,
+                 .sequence = run.sequence};
     for (int64_t t = run.begin; t < run.end; ++t) {
       const int64_t at = s.reverse ? t + 1 : t;
       if (!resets[t] || at <= piece.begin || at >= run.end) continue;
