@@ -1,6 +1,7 @@
 // One new token per batch row against states that are updated in place. Internal to cpu.cpp.
 #pragma once
 #include "common/parallel.h"
+#include "common/slstm_state.h"
 #include "common/state_row.h"
 #include "elementwise_rnn/cpu_call.h"
 
@@ -68,27 +69,18 @@ struct Step {
     if constexpr (C::kPublishesState) {
       load_vectors<A>(w.state[0] + d, kStrip, s);
     } else {
-      const V c = load<A>(w.state[1] + d), n = load<A>(w.state[2] + d), m = load<A>(w.state[3] + d);
       s[0] = load<A>(w.state[0] + d);
-      s[2] = select(n == 0, empty_scale(), m + log_of_lanes(n));
-      s[1] = select(s[2] == empty_scale(), V{}, c / n);
+      SlstmState<A>::carry(load<A>(w.state[1] + d), load<A>(w.state[2] + d), load<A>(w.state[3] + d), s[1], s[2]);
     }
   }
   static void put_state(const V (&s)[kStates], int64_t d, Workspace& w) {
     if constexpr (C::kPublishesState) {
       store_vectors<A>(s, w.state[0] + d, kStrip);
     } else {
-      const V parts[] = {s[0], s[1], select(s[2] == empty_scale(), V{}, V{} + 1), s[2]};
+      V parts[kPublished] = {s[0]};
+      SlstmState<A>::show(s[1], s[2], parts[1], parts[2], parts[3]);
       store_vectors<A>(parts, w.state[0] + d, kStrip);
     }
-  }
-  static V empty_scale() { return V{} - __builtin_inff(); }
-  static V log_of_lanes(V n) {
-    bool any = false;
-    for (int i = 0; i < kLanes<A>; ++i) any |= n[i] != 1;
-    if (!any) return V{};  // as a step leaves it
-    for (int i = 0; i < kLanes<A>; ++i) n[i] = static_cast<A>(__builtin_log(static_cast<double>(n[i])));
-    return n;
   }
 
   static constexpr int64_t kStepGrain = 1 << 13;  // channels worth another thread

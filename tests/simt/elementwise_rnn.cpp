@@ -15,6 +15,7 @@
 #include "elementwise_rnn/tile.h"
 #include "elementwise_rnn/tile_bwd.h"
 #include "sequences.h"
+#include "tape.h"
 
 namespace {
 
@@ -22,81 +23,13 @@ using namespace seqkern;
 using namespace seqkern::elementwise_rnn;
 using naive::Batch;
 using naive::Buffer;
+using naive::Number;
+using naive::Numbers;
 using naive::Packing;
 using naive::passes;
 using naive::Sequence;
 using naive::Wanted;
 using time_scan::Path;
-
-// A number that remembers what it was made of.
-struct Number {
-  double value = 0;
-  int64_t node = -1;  // on the tape, -1: a constant
-
-  Number(double constant = 0) : value(constant) {}
-  Number(double made, Number a, double by_a, Number b = {}, double by_b = 0) : value(made) {
-    node = static_cast<int64_t>(tape.size());
-    tape.push_back({{a.node, b.node}, {by_a, by_b}});
-  }
-  static Number leaf(double value) { return {value, Number(), 0}; }
-
-  // Of all numbers, of a sum of which `seeds` holds the weights.
-  static std::vector<double> gradients(std::vector<double> seeds) {
-    for (size_t i = tape.size(); i-- > 0;) {
-      for (int side = 0; side < 2; ++side) {
-        if (tape[i].from[side] >= 0) seeds[tape[i].from[side]] += tape[i].by[side] * seeds[i];
-      }
-    }
-    return seeds;
-  }
-
-  struct Node {
-    int64_t from[2];
-    double by[2];  // partial derivatives
-  };
-  static std::vector<Node> tape;
-};
-std::vector<Number::Node> Number::tape;
-
-Number operator+(Number a, Number b) {
-  return {a.value + b.value, a, 1, b, 1};
-}
-Number operator-(Number a, Number b) {
-  return {a.value - b.value, a, 1, b, -1};
-}
-Number operator*(Number a, Number b) {
-  return {a.value * b.value, a, b.value, b, a.value};
-}
-Number operator/(Number a, Number b) {
-  return {a.value / b.value, a, 1 / b.value, b, -a.value / (b.value * b.value)};
-}
-Number exp(Number a) {
-  const double y = std::exp(a.value);
-  return {y, a, y};
-}
-Number log(Number a) {
-  return {std::log(a.value), a, 1 / a.value};
-}
-Number tanh(Number a) {
-  const double y = std::tanh(a.value);
-  return {y, a, 1 - y * y};
-}
-Number sigmoid(Number a) {
-  const double y = 1 / (1 + std::exp(-a.value));
-  return {y, a, y * (1 - y)};
-}
-Number log_sigmoid(Number a) {
-  const double y = a.value < 0 ? a.value - std::log1p(std::exp(a.value)) : -std::log1p(std::exp(-a.value));
-  return {y, a, 1 / (1 + std::exp(a.value))};
-}
-Number relu(Number a) {
-  return {a.value < 0 ? 0 : a.value, a, a.value > 0 ? 1.0 : 0.0};
-}
-Number larger(Number a, Number b) {
-  return a.value > b.value ? a : b;
-}
-
-using Numbers = std::vector<Number>;
 
 // The states that kernels carry, and those of the papers: sLSTM's (h, y, l) and (h, c, n, m).
 Numbers published(Cell cell, const Numbers& s) {
@@ -280,7 +213,7 @@ bool run(const Case& c, std::mt19937& random) {
   final_want.largest_term = 1;  // of the states that led there
   for (const Sequence& s : batch.all) {
     for (int64_t d = 0; d < D; ++d) {
-      Number::tape.clear();
+      Number::clear();
       const auto leaves = [](int64_t count, auto&& value) {
         Numbers all;
         for (int64_t k = 0; k < count; ++k) all.push_back(Number::leaf(value(k)));
@@ -299,7 +232,7 @@ bool run(const Case& c, std::mt19937& random) {
         h_want[serial.h.place(s.b, t, 0, d)] = state[0].value;
       }
       const Numbers last = carried(c.cell, state);
-      std::vector<double> seeds(Number::tape.size());
+      std::vector<double> seeds = Number::seeds();
       for (int64_t k = 0; c.states && k < S; ++k) {
         final_want[row(k, s.final)] = last[k].value;
         if (last[k].node >= 0) seeds[last[k].node] += dfinal[row(k, s.final)];
@@ -401,7 +334,7 @@ bool run_step(Cell cell, DType dtype, int64_t D, std::mt19937& random) {
     want.emplace_back(part);
     for (int64_t i = 0; i < part.size; ++i) want.back()[i] = part[i];
   }
-  Number::tape.clear();
+  Number::clear();
   for (int64_t b = 0; b < B; ++b) {
     if (indices[b] < 0 || indices[b] >= R) continue;
     for (int64_t d = 0; d < D; ++d) {

@@ -1,7 +1,7 @@
 """The cells of elementwise_rnn in plain torch, their states, and its reference.
 
 A state is published as in CELLS, and carried as cells.h in csrc/elementwise_rnn has it: stacked into one tensor
-(S, N, D), and of slstm (h, y, l) with y = c / n and l = m + log n, whose numbers need no scale.
+(S, N, D), and of slstm (h, y, l).
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid, softplus
 
-from .._recurrence import Recurrence, Tensors, num_states, widest
+from .._cells import State, parts_of, slstm_carried, slstm_published, slstm_token
+from .._recurrence import Recurrence, Tensors, widest
 from .._torch import accumulator
 
-State = tuple[Tensor, ...]
 SOLVERS = ("auto", "serial", "newton", "shooting")  # csrc/elementwise_rnn/params.h
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def gru(w: State, x: State, s: State) -> State:
@@ -36,11 +34,7 @@ def lstm(w: State, x: State, s: State) -> State:
 
 def slstm(w: State, x: State, s: State) -> State:
     h, y, l = s
-    q, f, z, o = (a * h + pre for a, pre in zip(w, x, strict=True))
-    p = l + logsigmoid(f)
-    over = (q - p).masked_fill(q == -torch.inf, -torch.inf)  # a token with i = 0 adds nothing, to an empty state too
-    y = y + torch.sigmoid(over) * (torch.tanh(z) - y)
-    return torch.sigmoid(o) * y, y, torch.where(over > 0, q, p) + softplus(-over.abs())
+    return slstm_token(*(a * h + pre for a, pre in zip(w, x, strict=True)), y, l)
 
 
 def indrnn(w: State, x: State, s: State) -> State:
@@ -82,56 +76,20 @@ def cell_of(op: str, name: str) -> Cell:
     return CELLS[name]
 
 
-def parts_of(op: str, argument: str, cell: Cell, state: State) -> State:
-    """The parts of a published state."""
-    names = cell.published
-    if not isinstance(state, (tuple, list)) or len(state) != len(names):
-        given = f"{len(state)} of them" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
-        tuple_of = f"({', '.join(names)}{',' * (len(names) == 1)})"
-        raise RuntimeError(f"{op}: {argument} must be the tuple {tuple_of} of cell {cell.step.__name__!r}, got {given}")
-    return tuple(state)
-
-
-def check_parts(op: str, argument: str, cell: Cell, parts: State, x: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Against x, where that has its dimensions: kernels are given the parts in one tensor, and cannot name them."""
-    if x.dim() != 4:
-        return
-    rows, shape = "B" if cu_seqlens is None else "num_sequences", (num_states(x, cu_seqlens), x.shape[3])
-    for name, part in zip(cell.published, parts, strict=True):
-        if part.shape != shape:
-            expected = f"({rows}={shape[0]}, D={shape[1]})"
-            raise RuntimeError(f"{op}: {argument}'s {name} must be {expected}, got {tuple(part.shape)}")
-        if part.dtype not in FLOATS:
-            given = str(part.dtype).removeprefix("torch.")
-            raise RuntimeError(
-                f"{op}: {argument}'s {name} must be float32, bfloat16, float16 or float64, got {given}; convert it "
-                "with .to(...)"
-            )
-        if part.device != x.device:
-            raise RuntimeError(f"{op}: {argument}'s {name} must be on the device of x; move it with .to(x.device)")
-
-
 def carried(cell: Cell, parts: State, dtype: torch.dtype) -> Tensor:
     """(S, N, D) of the published parts (N, D)."""
     parts = tuple(part.to(dtype) for part in parts)
     if cell is CELLS["slstm"]:
-        h, c, n, m = parts
-        empty = n == 0
-        n = n.masked_fill(empty, 1)
-        parts = h, c.masked_fill(empty, 0) / n, m.masked_fill(empty, -torch.inf) + n.log()
+        parts = parts[0], *slstm_carried(*parts[1:])
     return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
 
 def published(cell: Cell, state: Tensor) -> State:
-    """The opposite of `carried`; of the states that it makes one, that with n = 1, or n = 0 where it is empty."""
+    """The opposite of `carried`."""
     if len(state) == 1:
         return (state.squeeze(0),)
-    if cell is not CELLS["slstm"]:
-        return state.unbind()
-    h, y, l = state
-    empty, finite = l == -torch.inf, l.masked_fill(l.isinf(), 0)
-    n = 1 + (finite - finite)  # a constant with a derivative: zero
-    return h, y.masked_fill(empty, 0), n.masked_fill(empty, 0), l
+    h, *others = state.unbind()
+    return h, *(slstm_published(*others) if cell is CELLS["slstm"] else others)
 
 
 class Cells(Recurrence):
@@ -235,7 +193,7 @@ def reference(
 ) -> Tensor | tuple:
     """`elementwise_rnn` in plain torch, token by token, in the widest dtype of its arguments."""
     made_of, _ = options_of("elementwise_rnn", cell, solver, atol, max_sweeps, on_fail)
-    parts = None if initial_state is None else parts_of("elementwise_rnn", "initial_state", made_of, initial_state)
+    parts = None if initial_state is None else parts_of("elementwise_rnn", "initial_state", cell, made_of.published, initial_state)
     h, final_state = solve(made_of, x, weights, parts, reset, cu_seqlens, reverse)
     results = [h]
     if return_final_state:

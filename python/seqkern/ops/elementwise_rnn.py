@@ -22,6 +22,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from .._cells import State, check_part, parts_of
 from .._config import settings
 from .._load import library
 from .._recurrence import num_states
@@ -29,14 +30,11 @@ from .._torch import accumulator, check_devices, forbid_grad, needs_graph, requi
 from ._elementwise_rnn import (
     Cells,
     ElementwiseRnnStats,
-    State,
     carried,
     cell_at,
     cell_of,
-    check_parts,
     index_of,
     options_of,
-    parts_of,
     published,
     reference,
     reference_step,
@@ -143,8 +141,11 @@ def elementwise_rnn(
     made_of, options = options_of("elementwise_rnn", cell, solver, atol, max_sweeps, on_fail)
     state = None
     if initial_state is not None:
-        parts = parts_of("elementwise_rnn", "initial_state", made_of, initial_state)
-        check_parts("elementwise_rnn", "initial_state", made_of, parts, x, cu_seqlens)
+        parts = parts_of("elementwise_rnn", "initial_state", cell, made_of.published, initial_state)
+        if x.dim() == 4:
+            sizes = {"B" if cu_seqlens is None else "num_sequences": num_states(x, cu_seqlens), "D": x.shape[3]}
+            for name, part in zip(made_of.published, parts, strict=True):
+                check_part("elementwise_rnn", name, part, sizes, x)
         state = carried(made_of, parts, accumulator(x.dtype))
     wants_stats = return_stats or on_fail != "repair"
     args = (x, weights, state, reset, cu_seqlens, *options, reverse, not settings.batch_invariant, return_final_state)
@@ -194,7 +195,7 @@ def elementwise_rnn_step(
         True
     """
     made_of = cell_of("elementwise_rnn_step", cell)
-    parts = parts_of("elementwise_rnn_step", "state", made_of, state)
+    parts = parts_of("elementwise_rnn_step", "state", cell, made_of.published, state)
     named = {f"state's {name}": part for name, part in zip(made_of.published, parts, strict=True)}
     forbid_grad("elementwise_rnn_step", **named, x=x, weights=weights)
     absent = [None] * (4 - len(parts))

@@ -1,0 +1,435 @@
+// The kernels of the stepwise path: all of a token but its products.
+#include <tuple>
+
+#include "common/launch.h"
+#include "common/random.h"
+#include "common/time_scan.cuh"
+#include "rnn/cells.h"
+#include "rnn/stepwise.h"
+
+namespace seqkern::rnn::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kBlocksPerSm = 8;
+
+// Kernels are templates over the index of a cell.
+template <int kCell, typename R>
+using CellOf = std::tuple_element_t<kCell, std::tuple<Lstm<R>, Gru<R>, Slstm<R>, ElmanTanh<R>, ElmanRelu<R>>>;
+
+template <typename Cell>
+inline constexpr int kNumbers = Cell::kCarried > 0 ? Cell::kCarried : 1;  // of c; C++ has no empty arrays
+
+// The element of (B, H, size) that a thread has.
+struct Place {
+  int64_t b, head, i;
+  bool exists;
+
+  __device__ __forceinline__ Place(const Inputs& in, int64_t size) {
+    const auto [rows, element] = divide(global_thread(), size);
+    const auto [row, of_row] = divide(rows, in.heads);
+    b = row, head = of_row, i = element, exists = b < in.sequences.batch;
+  }
+};
+
+// What a token is to its row.
+struct Moment {
+  int64_t t;          // its place in memory, counted in all rows
+  int64_t state;      // row of the states that its sequence owns
+  bool padding;       // no sequence's: nothing goes in and nothing comes out
+  bool fresh;         // nothing of the token before reaches it
+  int64_t initial;    // row of the initial state that enters, -1: none
+  int64_t final_row;  // of the final state that follows, -1: none
+
+  __device__ __forceinline__ Moment(const Inputs& in, int64_t b, int64_t tau) {
+    const Sequences& s = in.sequences;
+    const Span span = s.cu_seqlens ? packed_span_at(s, tau) : Span{0, s.length, b, false};
+    t = b * s.length + memory_place(s, tau), state = span.state, padding = span.padding;
+    const bool first = tau == span.begin, reset = in.reset && load(in.reset + t);
+    fresh = first || reset;
+    initial = first && !reset && !padding ? state : -1;
+    final_row = tau + 1 == span.end && !padding ? state : -1;
+  }
+};
+
+// Of tensors whose accumulator is R.
+template <typename R, typename Tensor>
+__device__ __forceinline__ R take(const Tensor& x, int64_t i) {
+  R value{};
+  visit(ArrayFor<R>{{x.data, x.dtype}}, [&](const auto* data) { value = to<R>(load(data + i)); });
+  return value;
+}
+template <typename R, typename Tensor>
+__device__ __forceinline__ void put(const Tensor& x, int64_t i, R value) {
+  visit(ArrayFor<R>{{x.data, x.dtype}}, [&]<typename T>(T* data) { store(data + i, to<T>(value)); });
+}
+
+// Where the element lies in tensors of tokens, and in those of the products, (H, B, ...).
+template <typename Tensor>
+__device__ __forceinline__ int64_t of_token(const Inputs& in, const Tensor& x, const Place& at, int64_t tau) {
+  return at.b * x.b + memory_place(in.sequences, tau) * x.l + at.head * x.h + at.i;
+}
+__device__ __forceinline__ int64_t of_product(const Inputs& in, const Place& at, int64_t size) {
+  return (at.head * in.sequences.batch + at.b) * size + at.i;
+}
+__device__ __forceinline__ int64_t of_state(const Inputs& in, const Place& at, int64_t row, int64_t size, int k = 0) {
+  return ((k * in.sequences.count + row) * in.heads + at.head) * size + at.i;
+}
+
+// What is carried from token to token: h (B, H, Q), then c (C, B, H, P).
+template <typename R>
+__device__ __forceinline__ R* carried_h(const Inputs& in, void* workspace, const Place& at) {
+  return static_cast<R*>(workspace) + (at.b * in.heads + at.head) * in.outputs + at.i;
+}
+template <typename R>
+__device__ __forceinline__ R* carried_c(const Inputs& in, void* workspace, const Place& at, int k) {
+  const int64_t B = in.sequences.batch, H = in.heads;
+  return static_cast<R*>(workspace) + B * H * in.outputs + ((k * B + at.b) * H + at.head) * in.units + at.i;
+}
+
+// Whether the event of `kind` happens to element q of a head, of four neighbours that share a call.
+__device__ __forceinline__ bool happens_to(const Inputs& in, const Place& at, uint64_t first, RandomKind kind,
+                                           double probability) {
+  const int64_t element = at.head * in.outputs + at.i;
+  const Random4 random = philox(static_cast<uint64_t>(load(in.seed)), first, static_cast<uint32_t>(element / 4),
+                                static_cast<uint32_t>(kind));
+  uint32_t word = random.word[0];
+#pragma unroll
+  for (int i = 1; i < 4; ++i) {
+    if (element % 4 == i) word = random.word[i];
+  }
+  return happens(word, static_cast<float>(probability));
+}
+
+// [dropout] of h_{t-1}, and of its gradient.
+template <typename R>
+__device__ __forceinline__ R drop(const Inputs& in, const Place& at, const Moment& moment, R value) {
+  if (!in.drops()) return value;
+  if (happens_to(in, at, moment.state, kDropoutWords, in.recurrent_dropout)) return R(0);
+  return value / (R(1) - static_cast<R>(in.recurrent_dropout));
+}
+
+// [zoneout]: the part of h_{t-1} in h_t.
+template <typename R>
+__device__ __forceinline__ R kept_part(const Inputs& in, const Place& at, const Moment& moment) {
+  if (!in.training) return static_cast<R>(in.zoneout);
+  return happens_to(in, at, moment.t, kZoneoutWords, in.zoneout) ? R(1) : R(0);
+}
+// Parts of 0 and 1 leave nothing of the other, NaN included.
+template <typename R>
+__device__ __forceinline__ R part_of(R part, R value) {
+  return part == R(0) ? R(0) : part * value;
+}
+
+// h that enters token tau, `before` what the token before has left: carried, and made the operand of [recur].
+template <typename R>
+__device__ __forceinline__ void enter_h(const FwdParams& p, const FwdWork& work, const Place& at, int64_t tau,
+                                        R before) {
+  if (tau >= p.sequences.length) return;
+  const Moment moment(p, at.b, tau);
+  R h = moment.fresh ? R(0) : before;
+  if (moment.initial >= 0 && p.initial_h) h = load<R>(p.initial_h, of_state(p, at, moment.initial, p.outputs));
+  store(carried_h<R>(p, p.workspace, at), h);
+  put(work.operand, of_product(p, at, p.outputs), drop(p, at, moment, h));
+}
+
+// The same of number k of c.
+template <typename R>
+__device__ __forceinline__ void enter_c(const FwdParams& p, const Place& at, int64_t tau, int k, R before, R empty) {
+  if (tau >= p.sequences.length) return;
+  const Moment moment(p, at.b, tau);
+  R c = moment.fresh ? empty : before;
+  if (moment.initial >= 0 && p.initial_c) c = load<R>(p.initial_c, of_state(p, at, moment.initial, p.units, k));
+  store(carried_c<R>(p, p.workspace, at, k), c);
+}
+
+// h_tau of what the cell or proj has made: the output, and what follows from it.
+template <typename R>
+__device__ __forceinline__ void leave_h(const FwdParams& p, const FwdWork& work, const Place& at, int64_t tau,
+                                        const Moment& moment, R made) {
+  R h = made;
+  if (p.zones()) {  // [zoneout]
+    const R kept = kept_part<R>(p, at, moment);
+    h = part_of(kept, load(carried_h<R>(p, p.workspace, at))) + part_of(1 - kept, made);
+  }
+  if (moment.padding) h = R(0);
+  put(p.h, of_token(p, p.h, at, tau), h);
+  if (moment.final_row >= 0 && p.final_h) store(p.final_h, of_state(p, at, moment.final_row, p.outputs), h);
+  enter_h(p, work, at, tau + 1, h);
+}
+
+// What enters the first token.
+// thread   blockIdx.y 0: one element of h of a row; else of number blockIdx.y - 1 of c
+template <typename R>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    begin_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdWork work, const float empty_log) {
+  const int k = static_cast<int>(blockIdx.y) - 1;
+  const Place at(p, k < 0 ? p.outputs : p.units);
+  if (!at.exists) return;
+  if (k < 0)
+    enter_h(p, work, at, 0, R(0));
+  else
+    enter_c(p, at, 0, k, R(0), k == 1 ? static_cast<R>(empty_log) : R(0));
+}
+
+// u = product + bias [recur]; m, c = cell(x, u, c) [cell]; without proj h = m
+// thread   one unit of one batch row
+// bytes    x, product, h or m, operand once; c read and written; u and c again where they are kept
+// limits   B H P / 128 < 2^31 blocks
+template <int kCell, typename R>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    forward_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdWork work, const int64_t tau) {
+  using Cell = CellOf<kCell, R>;
+  const Place at(p, p.units);
+  if (!at.exists) return;
+  const Moment moment(p, at.b, tau);
+
+  R x[Cell::kGates], u[Cell::kGates], c[kNumbers<Cell>], empty[kNumbers<Cell>];
+#pragma unroll
+  for (int g = 0; g < Cell::kGates; ++g) {
+    const int64_t gate = g * p.units;
+    x[g] = take<R>(p.x, of_token(p, p.x, at, tau) + g * p.x.g);
+    u[g] = take<R>(work.product, of_product(p, at, Cell::kGates * p.units) + gate);
+    if (p.bias) u[g] += load<R>(p.bias, (at.head * Cell::kGates) * p.units + gate + at.i);
+    if (p.u) put(p.u, of_token(p, p.u, at, tau) + g * p.u.g, u[g]);
+  }
+#pragma unroll
+  for (int k = 0; k < Cell::kCarried; ++k) c[k] = load(carried_c<R>(p, p.workspace, at, k));
+  const R h = Cell::kReadsH ? load(carried_h<R>(p, p.workspace, at)) : R(0);
+  const R m = Cell::step(x, u, h, c);
+
+  Cell::empty(empty);
+#pragma unroll
+  for (int k = 0; k < Cell::kCarried; ++k) {
+    if (p.c) put(p.c, k * p.c.c + of_token(p, p.c, at, tau), c[k]);
+    if (moment.final_row >= 0 && p.final_c) store(p.final_c, of_state(p, at, moment.final_row, p.units, k), c[k]);
+    enter_c(p, at, tau + 1, k, c[k], empty[k]);
+  }
+  if (p.proj)
+    put(work.m, of_product(p, at, p.units), m);
+  else
+    leave_h(p, work, at, tau, moment, m);
+}
+
+// h = projected [proj]
+// thread   one output of one batch row
+template <typename R>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    project_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdWork work, const int64_t tau) {
+  const Place at(p, p.outputs);
+  if (!at.exists) return;
+  leave_h(p, work, at, tau, Moment(p, at.b, tau), take<R>(work.projected, of_product(p, at, p.outputs)));
+}
+
+// h_{tau-1}, as token tau finds it.
+template <typename R>
+__device__ __forceinline__ R before_h(const BwdParams& p, const Place& at, int64_t tau, const Moment& moment) {
+  if (moment.initial >= 0 && p.initial_h) return load<R>(p.initial_h, of_state(p, at, moment.initial, p.outputs));
+  return moment.fresh ? R(0) : take<R>(p.h, of_token(p, p.h, at, tau - 1));
+}
+
+// What token tau + 1 sends to h_tau [return].
+template <typename R>
+__device__ __forceinline__ R returned_to(const BwdParams& p, const BwdWork& work, const Place& at, int64_t tau) {
+  if (tau + 1 == p.sequences.length) return R(0);
+  const Moment next(p, at.b, tau + 1);
+  R sent = drop(p, at, next, take<R>(work.returned, of_product(p, at, p.outputs)));
+  sent += load(carried_h<R>(p, p.workspace, at));
+  if (p.grad_clip >= 0) {
+    const R most = static_cast<R>(p.grad_clip);
+    sent = sent > most ? most : sent < -most ? -most : sent;  // NaN stays
+  }
+  if (next.initial >= 0 && p.dinitial_h) store(p.dinitial_h, of_state(p, at, next.initial, p.outputs), sent);
+  return next.fresh ? R(0) : sent;
+}
+
+// The gradient of what the cell or proj has made of h_tau. Leaves what reaches h_{tau-1} directly, and h_{tau-1} as the
+// product read it.
+template <typename R>
+__device__ __forceinline__ R arrive_h(const BwdParams& p, const BwdWork& work, const Place& at, int64_t tau,
+                                      const Moment& moment, R before, R& direct) {
+  R dh = returned_to<R>(p, work, at, tau);
+  if (moment.final_row >= 0 && p.dfinal_h) dh = load<R>(p.dfinal_h, of_state(p, at, moment.final_row, p.outputs));
+  dh = moment.padding ? R(0) : dh + take<R>(p.dh, of_token(p, p.dh, at, tau));
+  if (p.operand) put(p.operand, of_token(p, p.operand, at, tau), drop(p, at, moment, before));
+  direct = R(0);
+  if (!p.zones()) return dh;
+  const R kept = kept_part<R>(p, at, moment);  // [zoneout]
+  direct = part_of(kept, dh);
+  return part_of(1 - kept, dh);
+}
+
+// dh = dh_t + what the next token sends [return]
+// thread   one output of one batch row
+template <typename R>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    return_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdWork work, const int64_t tau) {
+  const Place at(p, p.outputs);
+  if (!at.exists) return;
+  if (tau < 0) {
+    returned_to<R>(p, work, at, tau);
+    return;
+  }
+  const Moment moment(p, at.b, tau);
+  R direct;
+  const R dh = arrive_h(p, work, at, tau, moment, before_h<R>(p, at, tau, moment), direct);
+  put(work.dh, of_product(p, at, p.outputs), dh);
+  if (p.dh_total) put(p.dh_total, of_token(p, p.dh_total, at, tau), dh);
+  store(carried_h<R>(p, p.workspace, at), direct);
+}
+
+// dx, du, dc = the cell's adjoint(dm, dc) [adjoint]; without proj dm = dh_t + what the next token sends [return]
+// thread   one unit of one batch row
+// bytes    x, u, c, h, dh, dx, du, what was returned once; dc read and written
+// limits   B H P / 128 < 2^31 blocks
+template <int kCell, typename R>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    backward_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdWork work, const int64_t tau) {
+  using Cell = CellOf<kCell, R>;
+  const Place at(p, p.units);
+  if (!at.exists) return;
+  const Moment moment(p, at.b, tau);
+
+  const R h = p.proj ? R(0) : before_h<R>(p, at, tau, moment);
+  R direct = R(0), dm;
+  if (p.proj)
+    dm = take<R>(work.dm, of_product(p, at, p.units));
+  else
+    dm = arrive_h(p, work, at, tau, moment, h, direct);
+
+  R x[Cell::kGates], u[Cell::kGates], dx[Cell::kGates], du[Cell::kGates];
+#pragma unroll
+  for (int g = 0; g < Cell::kGates; ++g) {
+    x[g] = take<R>(p.x, of_token(p, p.x, at, tau) + g * p.x.g);
+    u[g] = take<R>(p.u, of_token(p, p.u, at, tau) + g * p.u.g);
+  }
+  R c[kNumbers<Cell>], dc[kNumbers<Cell>];
+  Cell::empty(c);
+#pragma unroll
+  for (int k = 0; k < Cell::kCarried; ++k) {
+    if (moment.initial >= 0 && p.initial_c)
+      c[k] = load<R>(p.initial_c, of_state(p, at, moment.initial, p.units, k));
+    else if (!moment.fresh)
+      c[k] = take<R>(p.c, k * p.c.c + of_token(p, p.c, at, tau - 1));
+    if (moment.padding || moment.final_row >= 0)
+      dc[k] = moment.final_row >= 0 && p.dfinal_c ? load<R>(p.dfinal_c, of_state(p, at, moment.final_row, p.units, k))
+                                                  : R(0);
+    else
+      dc[k] = load(carried_c<R>(p, p.workspace, at, k));
+  }
+  if (p.m) {
+    R of_token_c[kNumbers<Cell>];
+#pragma unroll
+    for (int k = 0; k < Cell::kCarried; ++k) of_token_c[k] = c[k];
+    put(p.m, of_token(p, p.m, at, tau), Cell::step(x, u, h, of_token_c));
+  }
+
+  direct += Cell::adjoint(x, u, h, c, dm, dc, dx, du);
+#pragma unroll
+  for (int g = 0; g < Cell::kGates; ++g) {
+    put(p.dx, of_token(p, p.dx, at, tau) + g * p.dx.g, dx[g]);
+    put(work.du, of_product(p, at, Cell::kGates * p.units) + g * p.units, Cell::kTwoSides ? du[g] : dx[g]);
+  }
+  if (Cell::kTwoSides && p.du_last) put(p.du_last, of_token(p, p.du_last, at, tau), du[Cell::kGates - 1]);
+#pragma unroll
+  for (int k = 0; k < Cell::kCarried; ++k) {
+    if (moment.initial >= 0 && p.dinitial_c) store(p.dinitial_c, of_state(p, at, moment.initial, p.units, k), dc[k]);
+    store(carried_c<R>(p, p.workspace, at, k), moment.fresh ? R(0) : dc[k]);
+  }
+  if (!p.proj) store(carried_h<R>(p, p.workspace, at), direct);
+}
+
+// thread   number blockIdx.y of the state of one unit of a sequence without tokens
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    pass_kernel(const __grid_constant__ Sequences s, const int64_t columns, const __grid_constant__ Array from,
+                const __grid_constant__ Array to, const float empty_log) {
+  const int64_t first = blockIdx.y * s.count * columns;
+  const auto of_number = [&](const Array& x) {
+    return Array{x ? static_cast<char*>(x.data) + first * size_of(x.dtype) : nullptr, x.dtype};
+  };
+  time_scan::pass_states(s, columns, of_number(from), of_number(to), blockIdx.y == 1 ? empty_log : 0.0f);
+}
+
+struct Instance {
+  DType accumulator;
+  void (*begin)(FwdParams, FwdWork, float);
+  void (*forward[kCells])(FwdParams, FwdWork, int64_t);
+  void (*project)(FwdParams, FwdWork, int64_t);
+  void (*backward[kCells])(BwdParams, BwdWork, int64_t);
+  void (*send_back)(BwdParams, BwdWork, int64_t);
+};
+template <typename R>
+constexpr Instance kInstance = {
+    kDType<R>,
+    begin_kernel<R>,
+    {forward_kernel<0, R>, forward_kernel<1, R>, forward_kernel<2, R>, forward_kernel<3, R>, forward_kernel<4, R>},
+    project_kernel<R>,
+    {backward_kernel<0, R>, backward_kernel<1, R>, backward_kernel<2, R>, backward_kernel<3, R>, backward_kernel<4, R>},
+    return_kernel<R>};
+
+constexpr Instance kInstances[] = {kInstance<float>, kInstance<double>};
+static_assert(std::size(kInstances) * (3 + 2 * kCells) + 1 == kStepwiseKernels);
+
+const Instance& instance_of(const Inputs& in) {
+  return find_instance(kInstances, "rnn_stepwise", [&](const Instance& i) { return i.accumulator == in.accumulator; });
+}
+
+// A kernel with a thread for each of `size` elements of every row and head.
+Launch of_elements(const char* name, const Inputs& in, int64_t size, Stream stream) {
+  return {.name = name,
+          .grid = {ceil_div(in.sequences.batch * in.heads * size, kThreads)},
+          .threads = kThreads,
+          .stream = stream};
+}
+
+float empty_log_of(const Inputs& in) {
+  return in.cell == Cell::kSlstm ? -INFINITY : 0.0f;  // of n, whose empty one is 0
+}
+
+// States of `size` units: (numbers, N, H, size).
+void pass_states(const Inputs& in, int64_t size, int numbers, const Array& from, const Array& to, float empty_log,
+                 Stream stream) {
+  if (!to || !time_scan::may_be_empty(in.sequences)) return;
+  const int64_t columns = in.heads * size;
+  launch({.name = "rnn_pass_states",
+          .grid = {ceil_div(in.sequences.count * columns, kThreads), numbers},
+          .threads = kThreads,
+          .stream = stream},
+         pass_kernel, in.sequences, columns, from, to, empty_log);
+}
+
+}  // namespace
+
+void begin(const FwdParams& p, const FwdWork& work, Stream stream) {
+  pass_states(p, p.outputs, 1, p.initial_h, p.final_h, 0, stream);
+  pass_states(p, p.units, p.sizes().carried, p.initial_c, p.final_c, empty_log_of(p), stream);
+  if (p.sequences.length == 0) return;
+  Launch how = of_elements("rnn_begin", p, at_least(p.outputs, p.units), stream);
+  how.grid.y = 1 + p.sizes().carried;
+  launch(how, instance_of(p).begin, p, work, empty_log_of(p));
+}
+
+void forward_step(const FwdParams& p, const FwdWork& work, int64_t tau, Stream stream) {
+  launch(of_elements("rnn_forward_step", p, p.units, stream), instance_of(p).forward[static_cast<int>(p.cell)], p, work,
+         tau);
+}
+
+void project_step(const FwdParams& p, const FwdWork& work, int64_t tau, Stream stream) {
+  launch(of_elements("rnn_project_step", p, p.outputs, stream), instance_of(p).project, p, work, tau);
+}
+
+void begin(const BwdParams& p, const BwdWork&, Stream stream) {
+  pass_states(p, p.outputs, 1, p.dfinal_h, p.dinitial_h, 0, stream);
+  pass_states(p, p.units, p.sizes().carried, p.dfinal_c, p.dinitial_c, 0, stream);
+}
+
+void return_step(const BwdParams& p, const BwdWork& work, int64_t tau, Stream stream) {
+  launch(of_elements("rnn_return_step", p, p.outputs, stream), instance_of(p).send_back, p, work, tau);
+}
+
+void backward_step(const BwdParams& p, const BwdWork& work, int64_t tau, Stream stream) {
+  launch(of_elements("rnn_backward_step", p, p.units, stream), instance_of(p).backward[static_cast<int>(p.cell)], p,
+         work, tau);
+}
+
+}  // namespace seqkern::rnn::cuda
