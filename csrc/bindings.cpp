@@ -17,6 +17,8 @@
 #include "linear_attention/tile_bwd.h"
 #include "linear_attention/tile_step.h"
 #include "linear_scan/tile.h"
+#include "rnn/tile.h"
+#include "rnn/tile_bwd.h"
 #include "selective_scan/tile.h"
 #include "softmax_scan/tile.h"
 
@@ -288,6 +290,55 @@ py::dict plan_elementwise_rnn(int64_t batch, int64_t length, int64_t channels, c
   return plans;
 }
 
+py::dict plan_rnn(int64_t batch, int64_t length, int64_t heads, int64_t size, const std::string& dtype,
+                  const std::string& cell, int64_t outputs, int64_t shared_bytes, int64_t multiprocessors) {
+  int64_t number = 0;
+  while (number < rnn::kCells && cell != rnn::sizes_of(static_cast<rnn::Cell>(number)).name) ++number;
+  if (number == rnn::kCells)
+    throw std::invalid_argument("cell must be lstm, gru, slstm, elman_tanh or elman_relu, got " + cell);
+  rnn::Inputs in{};
+  in.cell = static_cast<rnn::Cell>(number);
+  const rnn::CellSizes sizes = in.sizes();
+  in.sequences.batch = in.sequences.count = batch, in.sequences.length = length;
+  in.heads = heads, in.units = size, in.outputs = outputs > 0 ? outputs : size;
+  in.x.dtype = dtype_of(dtype), in.accumulator = accumulator(in.x.dtype);
+  if (outputs > 0) in.proj = {kPresent, in.x.dtype};
+
+  const int64_t element = size_of(in.x.dtype), sums = size_of(in.accumulator), tokens = batch * length * heads;
+  const int64_t weights = heads * in.outputs * size * (sizes.gates + (outputs > 0 ? 1 : 0)) * element;
+  const int64_t forward_bytes = tokens * (sizes.gates * size + in.outputs) * element + weights;
+  const int64_t kept = tokens * size * (sizes.gates * element + sizes.carried * sums);
+  const int64_t gradients = tokens * (sizes.gates * size + 2 * in.outputs) * element + weights;
+  const auto as_dict = [&](const rnn::cuda::Plan& plan, int64_t bytes) {
+    const bool fused = plan.path == rnn::cuda::Path::kFused;
+    py::dict d;
+    d["path"] = fused ? "fused" : "stepwise";
+    d["because"] = plan.why;
+    if (fused) {
+      d["blocks"] = plan.blocks;
+      d["waves"] = plan.waves;
+      d["warps per block"] = plan.fused.warps;
+      d["R in registers, %"] = plan.held_percent;
+      d["shared memory bytes"] = plan.smem_bytes;
+      d["tokens on their way"] = plan.fused.ahead;
+    }
+    d["launches"] = fused ? 1 : length * (outputs > 0 ? 4 : 2) + 1;
+    d["bytes moved"] = bytes;
+    return d;
+  };
+  const Limits limits = {shared_bytes, multiprocessors};
+  py::dict plans;
+  plans["forward"] = as_dict(rnn::cuda::plan_fwd(in, limits), forward_bytes);
+  plans["backward"] = as_dict(rnn::cuda::plan_bwd(in, limits), forward_bytes + kept + gradients);
+  py::dict step;
+  step["because"] = "a product for every head, then its cells";
+  step["launches"] = outputs > 0 ? 4 : 2;
+  const int64_t state = in.outputs + (sizes.published - 1) * size;
+  step["bytes moved"] = batch * heads * ((sizes.gates * size + in.outputs) * element + 2 * state * sums) + weights;
+  plans["step"] = step;
+  return plans;
+}
+
 py::dict plan_softmax_scan(int64_t batch, int64_t length, int64_t heads, int64_t size, const std::string& dtype,
                            bool states, bool split_time, bool normalizers) {
   namespace scan = softmax_scan;
@@ -529,6 +580,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("keys"), py::arg("size"), py::arg("dtype"), py::arg("value_heads") = 0, py::arg("decay") = "none",
         py::arg("erase_key") = false, py::arg("states") = false, py::arg("split_time") = true,
         py::arg("backward") = true, "The same.");
+  m.def("plan_rnn", &plan_rnn, py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("heads"), py::arg("size"),
+        py::arg("dtype"), py::arg("cell") = "lstm", py::arg("outputs") = 0,
+        py::arg("shared_bytes") = kH200.shared_bytes, py::arg("multiprocessors") = kH200.multiprocessors,
+        "The same, for a device with so much shared memory for a block and so many multiprocessors.");
   m.def("plan_softmax_scan", &plan_softmax_scan, py::kw_only(), py::arg("batch"), py::arg("length"), py::arg("heads"),
         py::arg("size"), py::arg("dtype"), py::arg("states") = false, py::arg("split_time") = true,
         py::arg("normalizers") = true, "The same.");

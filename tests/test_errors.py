@@ -166,6 +166,8 @@ A_TRIPLE = r"must be the three tensors \(m, n, w\)"
 A_PAIR, A_CELL = r"must be the two tensors \(S, z\)", r"must be the three tensors \(C, n, m\)"
 A_STATE = r"must be the tuple \(h, c, n, m\) of cell 'slstm'"
 BAD_CELL = "cell must be one of gru, lstm, slstm, indrnn, elman, got 'rnn'"
+BAD_RNN = "cell must be one of lstm, gru, slstm, elman_tanh, elman_relu, got 'rnn'"
+DRAWING, A_SEED = {"training": True, "zoneout": 0.5}, "must be an int, None, or a tensor of one int64"
 BAD_READ = 'read must be "current" or "previous", got \'next\''
 BAD_LIMIT = r"dt_limit must be two numbers \(low, high\) with low <= high, got"
 HEADS = "must have a number of heads that is a multiple of the heads of"
@@ -237,6 +239,41 @@ PARTICULAR = {
         ({"initial_state": torch.zeros(4, 2, 3)[0:3].unbind()}, None, RuntimeError, f"initial_state {A_STATE}, got 3"),
         ({"cell": "gru"}, None, RuntimeError, r"x must be \(B, L, G=3, D\), got \(2, 17, 4, 3\)"),
         ({}, lambda i: {"weights": torch.ones(3, 3)}, RuntimeError, r"weights must be \(W=4, D=3\), got \(3, 3\)"),
+        ({"reset": torch.zeros(2, 17)}, None, RuntimeError, "reset must be bool, got float32; convert it with .bool()"),
+        ({"reset": torch.zeros(17) > 0}, None, RuntimeError, r"reset must be \(B=2, L=17\), got \(17,\)"),
+        ({"reset": META_RESET}, None, RuntimeError, "reset must be on the device of x"),
+    ],
+    "rnn": [
+        ({"cell": "rnn"}, None, ValueError, BAD_RNN),
+        (
+            {"cell": "gru", "proj": torch.ones(3, 4, 5)},
+            None,
+            ValueError,
+            "proj must be None for cell 'gru', whose units",
+        ),
+        ({"zoneout": 1.0}, None, ValueError, "zoneout must be at least 0 and below 1, got 1.0"),
+        ({"zoneout": -0.1}, None, ValueError, "zoneout must be at least 0 and below 1, got -0.1"),
+        ({"recurrent_dropout": 1}, None, ValueError, "recurrent_dropout must be at least 0 and below 1, got 1"),
+        ({"recurrent_dropout": float("nan")}, None, ValueError, "recurrent_dropout must be at least 0 .*, got nan"),
+        ({"grad_clip": -1.0}, None, ValueError, "grad_clip must be at least 0, or None, got -1.0"),
+        (DRAWING | {"seed": torch.zeros(())}, None, RuntimeError, f"seed {A_SEED}, got float32 \\(\\)"),
+        (DRAWING | {"seed": torch.zeros(2).long()}, None, RuntimeError, f"seed {A_SEED}, got int64 \\(2,\\)"),
+        (DRAWING | {"seed": torch.zeros(1).long().to("meta")}, None, RuntimeError, "seed must be on the device of x"),
+        ({"initial_state": torch.zeros(2, 3, 5)}, None, RuntimeError, f"initial_state {A_STATE}, got 1 of them"),
+        ({"cell": "gru"}, None, RuntimeError, r"x must be \(B, L, H, G=3, P\), got \(2, 17, 3, 4, 5\)"),
+        (
+            {},
+            lambda i: {"R": torch.ones(3, 4, 5, 4)},
+            RuntimeError,
+            r"R must be \(H=3, G=4, P=5, Q=5\), got \(3, 4, 5, 4\)",
+        ),
+        (
+            {"proj": torch.ones(3, 4, 5)},
+            lambda i: {"R": torch.ones(3, 4, 5, 3)},
+            RuntimeError,
+            r"proj must be \(H=3, Q=3, P=5\), got \(3, 4, 5\)",
+        ),
+        ({"bias": torch.ones(3, 3, 5)}, None, RuntimeError, r"bias must be \(H=3, G=4, P=5\), got \(3, 3, 5\)"),
         ({"reset": torch.zeros(2, 17)}, None, RuntimeError, "reset must be bool, got float32; convert it with .bool()"),
         ({"reset": torch.zeros(17) > 0}, None, RuntimeError, r"reset must be \(B=2, L=17\), got \(17,\)"),
         ({"reset": META_RESET}, None, RuntimeError, "reset must be on the device of x"),
@@ -346,6 +383,15 @@ PARTICULAR_STEP = {
         ({"cell": "gru"}, {}, RuntimeError, r"state must be the tuple \(h,\) of cell 'gru', got 4 of them"),
         ({}, {"x": torch.ones(2, 17, 3, 3)}, RuntimeError, r"x must be \(B, G=4, D\), got \(2, 3, 3\)"),
         ({}, {"weights": torch.ones(4, 2)}, RuntimeError, r"weights must be \(W=4, D=3\), got \(4, 2\)"),
+    ],
+    "rnn": [
+        ({"cell": "rnn"}, {}, ValueError, BAD_RNN),
+        ({"cell": "gru", "proj": torch.ones(3, 4, 5)}, {}, ValueError, "proj must be None for cell 'gru'"),
+        ({"cell": "gru"}, {}, RuntimeError, r"state must be the tuple \(h,\) of cell 'gru', got 4 of them"),
+        ({"zoneout": 1.5}, {}, ValueError, "zoneout must be at least 0 and below 1, got 1.5"),
+        ({}, {"x": torch.ones(2, 17, 3, 3, 5)}, RuntimeError, r"x must be \(B, H, G=4, P\), got \(2, 3, 3, 5\)"),
+        ({}, {"R": torch.ones(3, 4, 4, 5)}, RuntimeError, r"R must be \(H=3, G=4, P=5, Q=5\), got \(3, 4, 4, 5\)"),
+        ({"bias": torch.ones(4, 5)}, {}, RuntimeError, r"bias must be \(H=3, G=4, P=5\), got \(4, 5\)"),
     ],
     "linear_attention": [
         ({"read": "next"}, {}, ValueError, BAD_READ),

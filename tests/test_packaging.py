@@ -143,6 +143,10 @@ PLANS = {  # shapes, and the bytes that a forward moves
         "--heads 4 --keys 64 --size 128 --length 2048 --no-backward --states",
         (2 * (64 + 128) + 2) * 4 * 2048 * 2 + 2 * 4 * (64 * 128 + 64 + 1) * 4,
     ),
+    "rnn": (
+        "--heads 12 --size 64 --cell lstm --length 512",
+        5 * 12 * 64 * 512 * 2 + 12 * 4 * 64 * 64 * 2,
+    ),
     "selective_scan": (
         "--channels 1536 --length 2048 --states 16 --no-checkpoints",
         (4 * 1536 + 2 * 16) * 2048 * 2 + 1536 * 18 * 4,

@@ -7,15 +7,15 @@
 #include "common/rows.h"
 #include "common/slstm_state.h"
 #include "common/state_row.h"
-#include "rnn/cells.h"
-#include "rnn/params.h"
+#include "rnn/cpu_call.h"
 
 namespace seqkern::rnn {
 namespace {
 
-// C is a cell of vectors.
-template <class C, class A>
+// C is a cell of vectors, X the element type of x, which weights are read as.
+template <class C, class X>
 struct Step {
+  using A = Accumulator<X>;
   using V = Vec<A>;
   using Rows = StepParams::Rows;
   static constexpr int kG = C::kGates, kC = C::kCarried, kStates = kC == 2 ? 4 : kC + 1;

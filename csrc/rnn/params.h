@@ -85,6 +85,7 @@ struct Inputs {
   int64_t num_runs;
 
   constexpr CellSizes sizes() const { return sizes_of(cell); }
+  constexpr bool projects() const { return proj || outputs != units; }  // proj without elements has no data
   constexpr bool drops() const { return training && recurrent_dropout > 0; }
   constexpr bool zones() const { return zoneout > 0; }
 };

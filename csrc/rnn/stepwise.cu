@@ -1,94 +1,54 @@
 // The kernels of the stepwise path: all of a token but its products.
-#include <tuple>
-
 #include "common/launch.h"
 #include "common/random.h"
 #include "common/time_scan.cuh"
-#include "rnn/cells.h"
-#include "rnn/stepwise.h"
+#include "rnn/stepwise.cuh"
 
 namespace seqkern::rnn::cuda {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kBlocksPerSm = 8;
-
-// Kernels are templates over the index of a cell.
-template <int kCell, typename R>
-using CellOf = std::tuple_element_t<kCell, std::tuple<Lstm<R>, Gru<R>, Slstm<R>, ElmanTanh<R>, ElmanRelu<R>>>;
-
-template <typename Cell>
-inline constexpr int kNumbers = Cell::kCarried > 0 ? Cell::kCarried : 1;  // of c; C++ has no empty arrays
-
-// The element of (B, H, size) that a thread has.
-struct Place {
-  int64_t b, head, i;
-  bool exists;
-
-  __device__ __forceinline__ Place(const Inputs& in, int64_t size) {
-    const auto [rows, element] = divide(global_thread(), size);
-    const auto [row, of_row] = divide(rows, in.heads);
-    b = row, head = of_row, i = element, exists = b < in.sequences.batch;
-  }
-};
-
 // What a token is to its row.
 struct Moment {
-  int64_t t;          // its place in memory, counted in all rows
-  int64_t state;      // row of the states that its sequence owns
-  bool padding;       // no sequence's: nothing goes in and nothing comes out
-  bool fresh;         // nothing of the token before reaches it
-  int64_t initial;    // row of the initial state that enters, -1: none
-  int64_t final_row;  // of the final state that follows, -1: none
+  Span span;               // its sequence
+  int64_t t;               // its place in memory, counted in all rows
+  bool fresh;              // nothing of the token before reaches it
+  int64_t initial, after;  // row of the initial state that enters, of the final one that follows; -1: none
 
-  __device__ __forceinline__ Moment(const Inputs& in, int64_t b, int64_t tau) {
+  // `near`: the span of a neighbour.
+  __device__ __forceinline__ Moment(const Inputs& in, int64_t b, int64_t tau, const Span& near = {}) {
     const Sequences& s = in.sequences;
-    const Span span = s.cu_seqlens ? packed_span_at(s, tau) : Span{0, s.length, b, false};
-    t = b * s.length + memory_place(s, tau), state = span.state, padding = span.padding;
+    span = near;
+    if (tau < near.begin || tau >= near.end) span = s.cu_seqlens ? packed_span_at(s, tau) : Span{0, s.length, b, false};
+    t = b * s.length + memory_place(s, tau);
     const bool first = tau == span.begin, reset = in.reset && load(in.reset + t);
     fresh = first || reset;
-    initial = first && !reset && !padding ? state : -1;
-    final_row = tau + 1 == span.end && !padding ? state : -1;
+    initial = first && !reset && !span.padding ? span.state : -1;
+    after = tau + 1 == span.end && !span.padding ? span.state : -1;
   }
 };
 
-// Of tensors whose accumulator is R.
-template <typename R, typename Tensor>
-__device__ __forceinline__ R take(const Tensor& x, int64_t i) {
-  R value{};
-  visit(ArrayFor<R>{{x.data, x.dtype}}, [&](const auto* data) { value = to<R>(load(data + i)); });
-  return value;
-}
-template <typename R, typename Tensor>
-__device__ __forceinline__ void put(const Tensor& x, int64_t i, R value) {
-  visit(ArrayFor<R>{{x.data, x.dtype}}, [&]<typename T>(T* data) { store(data + i, to<T>(value)); });
-}
-
-// Where the element lies in tensors of tokens, and in those of the products, (H, B, ...).
+// Where the element lies in tensors of tokens, and in those of states.
 template <typename Tensor>
-__device__ __forceinline__ int64_t of_token(const Inputs& in, const Tensor& x, const Place& at, int64_t tau) {
+__device__ __forceinline__ int64_t of_token(const Inputs& in, const Tensor& x, const Element& at, int64_t tau) {
   return at.b * x.b + memory_place(in.sequences, tau) * x.l + at.head * x.h + at.i;
 }
-__device__ __forceinline__ int64_t of_product(const Inputs& in, const Place& at, int64_t size) {
-  return (at.head * in.sequences.batch + at.b) * size + at.i;
-}
-__device__ __forceinline__ int64_t of_state(const Inputs& in, const Place& at, int64_t row, int64_t size, int k = 0) {
+__device__ __forceinline__ int64_t of_state(const Inputs& in, const Element& at, int64_t row, int64_t size, int k = 0) {
   return ((k * in.sequences.count + row) * in.heads + at.head) * size + at.i;
 }
 
 // What is carried from token to token: h (B, H, Q), then c (C, B, H, P).
 template <typename R>
-__device__ __forceinline__ R* carried_h(const Inputs& in, void* workspace, const Place& at) {
+__device__ __forceinline__ R* carried_h(const Inputs& in, void* workspace, const Element& at) {
   return static_cast<R*>(workspace) + (at.b * in.heads + at.head) * in.outputs + at.i;
 }
 template <typename R>
-__device__ __forceinline__ R* carried_c(const Inputs& in, void* workspace, const Place& at, int k) {
+__device__ __forceinline__ R* carried_c(const Inputs& in, void* workspace, const Element& at, int k) {
   const int64_t B = in.sequences.batch, H = in.heads;
   return static_cast<R*>(workspace) + B * H * in.outputs + ((k * B + at.b) * H + at.head) * in.units + at.i;
 }
 
 // Whether the event of `kind` happens to element q of a head, of four neighbours that share a call.
-__device__ __forceinline__ bool happens_to(const Inputs& in, const Place& at, uint64_t first, RandomKind kind,
+__device__ __forceinline__ bool happens_to(const Inputs& in, const Element& at, uint64_t first, RandomKind kind,
                                            double probability) {
   const int64_t element = at.head * in.outputs + at.i;
   const Random4 random = philox(static_cast<uint64_t>(load(in.seed)), first, static_cast<uint32_t>(element / 4),
@@ -103,15 +63,15 @@ __device__ __forceinline__ bool happens_to(const Inputs& in, const Place& at, ui
 
 // [dropout] of h_{t-1}, and of its gradient.
 template <typename R>
-__device__ __forceinline__ R drop(const Inputs& in, const Place& at, const Moment& moment, R value) {
+__device__ __forceinline__ R drop(const Inputs& in, const Element& at, const Moment& moment, R value) {
   if (!in.drops()) return value;
-  if (happens_to(in, at, moment.state, kDropoutWords, in.recurrent_dropout)) return R(0);
+  if (happens_to(in, at, moment.span.state, kDropoutWords, in.recurrent_dropout)) return R(0);
   return value / (R(1) - static_cast<R>(in.recurrent_dropout));
 }
 
 // [zoneout]: the part of h_{t-1} in h_t.
 template <typename R>
-__device__ __forceinline__ R kept_part(const Inputs& in, const Place& at, const Moment& moment) {
+__device__ __forceinline__ R kept_part(const Inputs& in, const Element& at, const Moment& moment) {
   if (!in.training) return static_cast<R>(in.zoneout);
   return happens_to(in, at, moment.t, kZoneoutWords, in.zoneout) ? R(1) : R(0);
 }
@@ -121,23 +81,18 @@ __device__ __forceinline__ R part_of(R part, R value) {
   return part == R(0) ? R(0) : part * value;
 }
 
-// h that enters token tau, `before` what the token before has left: carried, and made the operand of [recur].
+// What enters a token, `before` what the token before has left: carried, and of h made the operand of [recur].
 template <typename R>
-__device__ __forceinline__ void enter_h(const FwdParams& p, const FwdWork& work, const Place& at, int64_t tau,
-                                        R before) {
-  if (tau >= p.sequences.length) return;
-  const Moment moment(p, at.b, tau);
+__device__ __forceinline__ void enter_h(const FwdParams& p, const FwdWork& work, const Element& at,
+                                        const Moment& moment, R before) {
   R h = moment.fresh ? R(0) : before;
   if (moment.initial >= 0 && p.initial_h) h = load<R>(p.initial_h, of_state(p, at, moment.initial, p.outputs));
   store(carried_h<R>(p, p.workspace, at), h);
-  put(work.operand, of_product(p, at, p.outputs), drop(p, at, moment, h));
+  put(work.operand, at.of_product(p.sequences.batch, p.outputs), drop(p, at, moment, h));
 }
-
-// The same of number k of c.
 template <typename R>
-__device__ __forceinline__ void enter_c(const FwdParams& p, const Place& at, int64_t tau, int k, R before, R empty) {
-  if (tau >= p.sequences.length) return;
-  const Moment moment(p, at.b, tau);
+__device__ __forceinline__ void enter_c(const FwdParams& p, const Element& at, const Moment& moment, int k, R before,
+                                        R empty) {
   R c = moment.fresh ? empty : before;
   if (moment.initial >= 0 && p.initial_c) c = load<R>(p.initial_c, of_state(p, at, moment.initial, p.units, k));
   store(carried_c<R>(p, p.workspace, at, k), c);
@@ -145,17 +100,17 @@ __device__ __forceinline__ void enter_c(const FwdParams& p, const Place& at, int
 
 // h_tau of what the cell or proj has made: the output, and what follows from it.
 template <typename R>
-__device__ __forceinline__ void leave_h(const FwdParams& p, const FwdWork& work, const Place& at, int64_t tau,
+__device__ __forceinline__ void leave_h(const FwdParams& p, const FwdWork& work, const Element& at, int64_t tau,
                                         const Moment& moment, R made) {
   R h = made;
   if (p.zones()) {  // [zoneout]
     const R kept = kept_part<R>(p, at, moment);
     h = part_of(kept, load(carried_h<R>(p, p.workspace, at))) + part_of(1 - kept, made);
   }
-  if (moment.padding) h = R(0);
+  if (moment.span.padding) h = R(0);
   put(p.h, of_token(p, p.h, at, tau), h);
-  if (moment.final_row >= 0 && p.final_h) store(p.final_h, of_state(p, at, moment.final_row, p.outputs), h);
-  enter_h(p, work, at, tau + 1, h);
+  if (moment.after >= 0 && p.final_h) store(p.final_h, of_state(p, at, moment.after, p.outputs), h);
+  if (tau + 1 < p.sequences.length) enter_h(p, work, at, Moment(p, at.b, tau + 1, moment.span), h);
 }
 
 // What enters the first token.
@@ -164,12 +119,15 @@ template <typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     begin_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdWork work, const float empty_log) {
   const int k = static_cast<int>(blockIdx.y) - 1;
-  const Place at(p, k < 0 ? p.outputs : p.units);
+  const int64_t size = k < 0 ? p.outputs : p.units;
+  if (size == 0) return;
+  const Element at(p.sequences.batch, p.heads, size);
   if (!at.exists) return;
+  const Moment moment(p, at.b, 0);
   if (k < 0)
-    enter_h(p, work, at, 0, R(0));
+    enter_h(p, work, at, moment, R(0));
   else
-    enter_c(p, at, 0, k, R(0), k == 1 ? static_cast<R>(empty_log) : R(0));
+    enter_c(p, at, moment, k, R(0), k == 1 ? static_cast<R>(empty_log) : R(0));
 }
 
 // u = product + bias [recur]; m, c = cell(x, u, c) [cell]; without proj h = m
@@ -180,33 +138,33 @@ template <int kCell, typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     forward_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdWork work, const int64_t tau) {
   using Cell = CellOf<kCell, R>;
-  const Place at(p, p.units);
+  const Element at(p.sequences.batch, p.heads, p.units);
   if (!at.exists) return;
   const Moment moment(p, at.b, tau);
 
   R x[Cell::kGates], u[Cell::kGates], c[kNumbers<Cell>], empty[kNumbers<Cell>];
-#pragma unroll
-  for (int g = 0; g < Cell::kGates; ++g) {
-    const int64_t gate = g * p.units;
-    x[g] = take<R>(p.x, of_token(p, p.x, at, tau) + g * p.x.g);
-    u[g] = take<R>(work.product, of_product(p, at, Cell::kGates * p.units) + gate);
-    if (p.bias) u[g] += load<R>(p.bias, (at.head * Cell::kGates) * p.units + gate + at.i);
-    if (p.u) put(p.u, of_token(p, p.u, at, tau) + g * p.u.g, u[g]);
-  }
+  take(x, p.x, of_token(p, p.x, at, tau), p.x.g);
+  take(u, work.product, at.of_product(p.sequences.batch, Cell::kGates * p.units), p.units);
+  add_bias(u, p.bias, at, p.units);
+  if (p.u) put(u, p.u, of_token(p, p.u, at, tau), p.u.g);
 #pragma unroll
   for (int k = 0; k < Cell::kCarried; ++k) c[k] = load(carried_c<R>(p, p.workspace, at, k));
   const R h = Cell::kReadsH ? load(carried_h<R>(p, p.workspace, at)) : R(0);
   const R m = Cell::step(x, u, h, c);
 
-  Cell::empty(empty);
 #pragma unroll
   for (int k = 0; k < Cell::kCarried; ++k) {
     if (p.c) put(p.c, k * p.c.c + of_token(p, p.c, at, tau), c[k]);
-    if (moment.final_row >= 0 && p.final_c) store(p.final_c, of_state(p, at, moment.final_row, p.units, k), c[k]);
-    enter_c(p, at, tau + 1, k, c[k], empty[k]);
+    if (moment.after >= 0 && p.final_c) store(p.final_c, of_state(p, at, moment.after, p.units, k), c[k]);
+  }
+  if (Cell::kCarried > 0 && tau + 1 < p.sequences.length) {
+    const Moment next(p, at.b, tau + 1, moment.span);
+    Cell::empty(empty);
+#pragma unroll
+    for (int k = 0; k < Cell::kCarried; ++k) enter_c(p, at, next, k, c[k], empty[k]);
   }
   if (p.proj)
-    put(work.m, of_product(p, at, p.units), m);
+    put(work.m, at.of_product(p.sequences.batch, p.units), m);
   else
     leave_h(p, work, at, tau, moment, m);
 }
@@ -216,24 +174,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 template <typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     project_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdWork work, const int64_t tau) {
-  const Place at(p, p.outputs);
+  const Element at(p.sequences.batch, p.heads, p.outputs);
   if (!at.exists) return;
-  leave_h(p, work, at, tau, Moment(p, at.b, tau), take<R>(work.projected, of_product(p, at, p.outputs)));
+  leave_h(p, work, at, tau, Moment(p, at.b, tau), take<R>(work.projected, at.of_product(p.sequences.batch, p.outputs)));
 }
 
 // h_{tau-1}, as token tau finds it.
 template <typename R>
-__device__ __forceinline__ R before_h(const BwdParams& p, const Place& at, int64_t tau, const Moment& moment) {
+__device__ __forceinline__ R before_h(const BwdParams& p, const Element& at, int64_t tau, const Moment& moment) {
   if (moment.initial >= 0 && p.initial_h) return load<R>(p.initial_h, of_state(p, at, moment.initial, p.outputs));
   return moment.fresh ? R(0) : take<R>(p.h, of_token(p, p.h, at, tau - 1));
 }
 
 // What token tau + 1 sends to h_tau [return].
 template <typename R>
-__device__ __forceinline__ R returned_to(const BwdParams& p, const BwdWork& work, const Place& at, int64_t tau) {
+__device__ __forceinline__ R returned_to(const BwdParams& p, const BwdWork& work, const Element& at, int64_t tau,
+                                         const Span& near) {
   if (tau + 1 == p.sequences.length) return R(0);
-  const Moment next(p, at.b, tau + 1);
-  R sent = drop(p, at, next, take<R>(work.returned, of_product(p, at, p.outputs)));
+  const Moment next(p, at.b, tau + 1, near);
+  R sent = drop(p, at, next, take<R>(work.returned, at.of_product(p.sequences.batch, p.outputs)));
   sent += load(carried_h<R>(p, p.workspace, at));
   if (p.grad_clip >= 0) {
     const R most = static_cast<R>(p.grad_clip);
@@ -246,11 +205,11 @@ __device__ __forceinline__ R returned_to(const BwdParams& p, const BwdWork& work
 // The gradient of what the cell or proj has made of h_tau. Leaves what reaches h_{tau-1} directly, and h_{tau-1} as the
 // product read it.
 template <typename R>
-__device__ __forceinline__ R arrive_h(const BwdParams& p, const BwdWork& work, const Place& at, int64_t tau,
+__device__ __forceinline__ R arrive_h(const BwdParams& p, const BwdWork& work, const Element& at, int64_t tau,
                                       const Moment& moment, R before, R& direct) {
-  R dh = returned_to<R>(p, work, at, tau);
-  if (moment.final_row >= 0 && p.dfinal_h) dh = load<R>(p.dfinal_h, of_state(p, at, moment.final_row, p.outputs));
-  dh = moment.padding ? R(0) : dh + take<R>(p.dh, of_token(p, p.dh, at, tau));
+  R dh = returned_to<R>(p, work, at, tau, moment.span);
+  if (moment.after >= 0 && p.dfinal_h) dh = load<R>(p.dfinal_h, of_state(p, at, moment.after, p.outputs));
+  dh = moment.span.padding ? R(0) : dh + take<R>(p.dh, of_token(p, p.dh, at, tau));
   if (p.operand) put(p.operand, of_token(p, p.operand, at, tau), drop(p, at, moment, before));
   direct = R(0);
   if (!p.zones()) return dh;
@@ -264,16 +223,16 @@ __device__ __forceinline__ R arrive_h(const BwdParams& p, const BwdWork& work, c
 template <typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     return_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdWork work, const int64_t tau) {
-  const Place at(p, p.outputs);
+  const Element at(p.sequences.batch, p.heads, p.outputs);
   if (!at.exists) return;
   if (tau < 0) {
-    returned_to<R>(p, work, at, tau);
+    returned_to<R>(p, work, at, tau, {});
     return;
   }
   const Moment moment(p, at.b, tau);
   R direct;
   const R dh = arrive_h(p, work, at, tau, moment, before_h<R>(p, at, tau, moment), direct);
-  put(work.dh, of_product(p, at, p.outputs), dh);
+  put(work.dh, at.of_product(p.sequences.batch, p.outputs), dh);
   if (p.dh_total) put(p.dh_total, of_token(p, p.dh_total, at, tau), dh);
   store(carried_h<R>(p, p.workspace, at), direct);
 }
@@ -286,23 +245,20 @@ template <int kCell, typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     backward_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdWork work, const int64_t tau) {
   using Cell = CellOf<kCell, R>;
-  const Place at(p, p.units);
+  const Element at(p.sequences.batch, p.heads, p.units);
   if (!at.exists) return;
   const Moment moment(p, at.b, tau);
 
   const R h = p.proj ? R(0) : before_h<R>(p, at, tau, moment);
   R direct = R(0), dm;
   if (p.proj)
-    dm = take<R>(work.dm, of_product(p, at, p.units));
+    dm = take<R>(work.dm, at.of_product(p.sequences.batch, p.units));
   else
     dm = arrive_h(p, work, at, tau, moment, h, direct);
 
   R x[Cell::kGates], u[Cell::kGates], dx[Cell::kGates], du[Cell::kGates];
-#pragma unroll
-  for (int g = 0; g < Cell::kGates; ++g) {
-    x[g] = take<R>(p.x, of_token(p, p.x, at, tau) + g * p.x.g);
-    u[g] = take<R>(p.u, of_token(p, p.u, at, tau) + g * p.u.g);
-  }
+  take(x, p.x, of_token(p, p.x, at, tau), p.x.g);
+  take(u, p.u, of_token(p, p.u, at, tau), p.u.g);
   R c[kNumbers<Cell>], dc[kNumbers<Cell>];
   Cell::empty(c);
 #pragma unroll
@@ -311,9 +267,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
       c[k] = load<R>(p.initial_c, of_state(p, at, moment.initial, p.units, k));
     else if (!moment.fresh)
       c[k] = take<R>(p.c, k * p.c.c + of_token(p, p.c, at, tau - 1));
-    if (moment.padding || moment.final_row >= 0)
-      dc[k] = moment.final_row >= 0 && p.dfinal_c ? load<R>(p.dfinal_c, of_state(p, at, moment.final_row, p.units, k))
-                                                  : R(0);
+    if (moment.span.padding || moment.after >= 0)
+      dc[k] = moment.after >= 0 && p.dfinal_c ? load<R>(p.dfinal_c, of_state(p, at, moment.after, p.units, k)) : R(0);
     else
       dc[k] = load(carried_c<R>(p, p.workspace, at, k));
   }
@@ -325,11 +280,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
 
   direct += Cell::adjoint(x, u, h, c, dm, dc, dx, du);
-#pragma unroll
-  for (int g = 0; g < Cell::kGates; ++g) {
-    put(p.dx, of_token(p, p.dx, at, tau) + g * p.dx.g, dx[g]);
-    put(work.du, of_product(p, at, Cell::kGates * p.units) + g * p.units, Cell::kTwoSides ? du[g] : dx[g]);
-  }
+  put(dx, p.dx, of_token(p, p.dx, at, tau), p.dx.g);
+  put(Cell::kTwoSides ? du : dx, work.du, at.of_product(p.sequences.batch, Cell::kGates * p.units), p.units);
   if (Cell::kTwoSides && p.du_last) put(p.du_last, of_token(p, p.du_last, at, tau), du[Cell::kGates - 1]);
 #pragma unroll
   for (int k = 0; k < Cell::kCarried; ++k) {

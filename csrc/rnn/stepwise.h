@@ -53,10 +53,8 @@ void return_step(const BwdParams& p, const BwdWork& work, int64_t tau, Stream st
 // dx and du of a token; without proj the work of return_step(tau) as well.
 void backward_step(const BwdParams& p, const BwdWork& work, int64_t tau, Stream stream);
 
-// A product for every head, each sum in the order of the depth, whatever the other sizes are:
-//   out[h] (rows, columns) = left[h] (rows, depth) right[h]^T, where right[h] is (columns, depth), or
-//                          = left[h] right[h], where it is (depth, columns)
-// in the arithmetic of `operands` (common/matmul.cuh).
+// A product for every head, out[h] (rows, columns) = left[h] right[h], by the arithmetic of `operands`
+// (common/matmul.cuh). A sum is taken in the order of the depth, whatever the other sizes are.
 struct ProductParams {
   struct Side {
     const void* data;
@@ -65,16 +63,20 @@ struct ProductParams {
     int64_t element = 1;  // from one element of a line to the next
   };
   int64_t heads, rows, columns, depth;
-  DType operands;  // what the elements of both sides are rounded to
+  DType operands;
   Side left, right;
-  bool right_transposed;  // right[h] is (columns, depth)
-  Array out;              // (heads, rows, columns)
-  // Lines of `left` that are its rows, where they are not all of them in order: (rows,), a line outside [0, lines) is
+  bool left_transposed = false;   // left[h] is (depth, rows), else (rows, depth)
+  bool right_transposed = false;  // right[h] is (columns, depth), else (depth, columns)
+  Array out;
+  int64_t out_h = rows * columns;  // from one head to the next
+  // (rows,): which lines of left are its rows, where they are not the first ones in order; those outside [0, lines) are
   // zero.
   const void* line_indices = nullptr;
   bool line_indices_is_int64 = false;
   int64_t lines = 0;
 };
+constexpr int kProductKernels = 4 * 3;  // data types, and the ways that sides lie
+
 void multiply(const ProductParams& p, Stream stream);
 // Of params.h: the weights' gradients.
 void sum(const SumParams& p, Stream stream);
@@ -107,6 +109,7 @@ constexpr ProductParams return_product(const BwdParams& p, const BwdWork& work) 
 }
 
 // rnn_step. The sums in the order of multiply().
+constexpr int kStepKernels = 2 * (kCells + 1);
 int64_t step_workspace_bytes(const StepParams& p);
 void step(const StepParams& p, Stream stream);
 

@@ -11,6 +11,7 @@ from .ops.elementwise_rnn import elementwise_rnn, elementwise_rnn_step
 from .ops.linear_attention import gla, linear_attention, linear_attention_step, retention, rwkv6
 from .ops.linear_scan import linear_scan, linear_scan_step
 from .ops.mlstm import mlstm, mlstm_step
+from .ops.rnn import rnn, rnn_step
 from .ops.selective_scan import selective_scan, selective_scan_step
 from .ops.softmax_scan import softmax_scan, softmax_scan_step
 from .ops.ssd import ssd, ssd_step
@@ -36,6 +37,8 @@ __all__ = [
     "pack_by_route",
     "reference",
     "retention",
+    "rnn",
+    "rnn_step",
     "rwkv6",
     "selective_scan",
     "selective_scan_step",

@@ -10,17 +10,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from ._recurrence import num_states
+
 State = tuple[Tensor, ...]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def parts_of(op: str, argument: str, cell: str, names: str, state: State) -> State:
+def parts_of(op: str, argument: str, cell: str, names: str, state: State | None) -> State | None:
     """The parts of a published state, whose names are letters."""
+    if state is None and argument == "initial_state":
+        return None
     if not isinstance(state, (tuple, list)) or len(state) != len(names):
         given = f"{len(state)} of them" if isinstance(state, (tuple, list)) else f"a {type(state).__name__}"
         tuple_of = f"({', '.join(names)}{',' * (len(names) == 1)})"
         raise RuntimeError(f"{op}: {argument} must be the tuple {tuple_of} of cell {cell!r}, got {given}")
     return tuple(state)
+
+
+def state_rows(x: Tensor, cu_seqlens: Tensor | None) -> dict[str, int]:
+    """What the rows of a state are called, and how many there are."""
+    return {"B" if cu_seqlens is None else "num_sequences": num_states(x, cu_seqlens)}
 
 
 def check_part(op: str, name: str, part: Tensor, sizes: dict[str, int], x: Tensor) -> None:

@@ -67,13 +67,17 @@ def check_devices(op: str, **tensors: torch.Tensor | None) -> None:
             raise RuntimeError(f"{op}: {name} must be on the device of {first}; move it with .to({first}.device)")
 
 
-def autocast_operands(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def autocast_operands(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The matrix operands of an operator as autocast wants them: its dtype inside autocast, untouched outside."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+
+    def is_cast(tensor):
+        return tensor.is_floating_point() and tensor.dtype != torch.float64
+
+    return tuple(t.to(dtype) if t is not None and is_cast(t) else t for t in tensors)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -102,16 +106,18 @@ def in_order_of(x: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def vmap_over_channels(function, info, in_dims, args, in_axes, out_axes):
-    """Channels are independent: the mapped dimension joins them, and one call serves all. Only mapped packings loop.
+    """Channels are independent: the mapped dimension joins them, and one call serves all. Only mapped arguments without
+    channels, as packings are, loop.
 
     Args:
-        function: an autograd function whose first arguments are tensors, or None, and then packings and options.
+        function: an autograd function.
         info, in_dims, args: what torch gives to its `vmap`.
-        in_axes: the dimension of the channels in each of those tensors, where none is mapped.
+        in_axes: the dimension of the channels in each of the first arguments where it is not mapped. None, as for the
+            rest: it has none.
         out_axes: that of each output.
     """
-    V, num_tensors = info.batch_size, len(in_axes)
-    if any(dim is not None for dim in in_dims[num_tensors:]):
+    V, axes = info.batch_size, (*in_axes, *[None] * (len(args) - len(in_axes)))
+    if any(dim is not None and axis is None for dim, axis in zip(in_dims, axes, strict=True)):
         calls = [
             function.apply(*(a if dim is None else a.select(dim, v) for a, dim in zip(args, in_dims, strict=True)))
             for v in range(V)
@@ -119,14 +125,11 @@ def vmap_over_channels(function, info, in_dims, args, in_axes, out_axes):
         return tuple(torch.stack(outputs) for outputs in zip(*calls, strict=True)), tuple(0 for _ in calls[0])
 
     def fold(tensor, dim, axis):
-        if tensor is None:
-            return None
+        if tensor is None or axis is None:
+            return tensor
         tensor = tensor.unsqueeze(0).expand(V, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         return tensor.movedim(0, axis).flatten(axis, axis + 1)
 
-    folded = [
-        fold(t, dim, axis) for t, dim, axis in zip(args[:num_tensors], in_dims[:num_tensors], in_axes, strict=True)
-    ]
-    outputs = function.apply(*folded, *args[num_tensors:])
+    outputs = function.apply(*map(fold, args, in_dims, axes))
     unfolded = (t.unflatten(axis, (V, t.shape[axis] // V)) for t, axis in zip(outputs, out_axes, strict=True))
     return tuple(unfolded), tuple(out_axes)

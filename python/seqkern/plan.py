@@ -4,6 +4,7 @@ python -m seqkern.plan causal_conv1d --batch 1 --channels 1536 --length 2048 --w
 python -m seqkern.plan selective_scan --batch 1 --channels 1536 --length 2048 --states 16 --dtype bf16
 python -m seqkern.plan linear_scan --batch 4 --length 4096 --channels 1024 --dtype bf16
 python -m seqkern.plan elementwise_rnn --batch 1 --length 16384 --channels 512 --cell gru --dtype bf16
+python -m seqkern.plan rnn --batch 16 --heads 12 --size 64 --cell lstm --dtype bf16
 python -m seqkern.plan softmax_scan --batch 1 --length 2048 --heads 16 --size 64 --dtype bf16
 python -m seqkern.plan linear_attention --batch 1 --length 2048 --heads 8 --keys 128 --size 128 --decay key --dtype bf16
 python -m seqkern.plan delta_rule --batch 1 --length 2048 --heads 8 --keys 128 --size 128 --decay token --dtype bf16
@@ -34,10 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m seqkern.plan", description=__doc__.splitlines()[0])
     operators = parser.add_subparsers(dest="operator", required=True)
 
-    def operator(name, plan, *sizes):
+    def operator(name, plan, *sizes, length=None):
         parsed = operators.add_parser(name)
-        for size in ("batch", "length", *sizes):
+        for size in ("batch", *sizes):
             parsed.add_argument(f"--{size}", type=int, required=True)
+        parsed.add_argument("--length", type=int, required=length is None, default=length)
         parsed.add_argument("--dtype", default="fp32", choices=["fp32", "bf16", "fp16", "fp64"])
         parsed.set_defaults(plan=plan)
         return parsed
@@ -76,6 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     rnn.add_argument("--states", action="store_true", help="with initial and final state")
     rnn.add_argument("--no-checkpoints", dest="checkpoints", action="store_false", help="no backward follows")
     rnn.add_argument("--batch-invariant", dest="split_time", action="store_false", help="time is not cut")
+
+    dense = operator("rnn", _C.plan_rnn, "heads", "size", length=1024)
+    dense.add_argument("--cell", default="lstm", choices=["lstm", "gru", "slstm", "elman_tanh", "elman_relu"])
+    dense.add_argument("--outputs", type=int, default=0, help="of proj; 0: without")
+    dense.add_argument("--shared-bytes", type=int, default=227 << 10, help="of a block; default: H200")
+    dense.add_argument("--multiprocessors", type=int, default=132, help="default: H200")
 
     softmax = operator("softmax_scan", _C.plan_softmax_scan, "heads", "size")
     softmax.add_argument("--states", action="store_true", help="with initial and final state")

@@ -12,6 +12,8 @@ from .ops.linear_scan import reference as linear_scan
 from .ops.linear_scan import reference_step as linear_scan_step
 from .ops.mlstm import reference as mlstm
 from .ops.mlstm import reference_step as mlstm_step
+from .ops.rnn import reference as rnn
+from .ops.rnn import reference_step as rnn_step
 from .ops.selective_scan import reference as selective_scan
 from .ops.selective_scan import reference_step as selective_scan_step
 from .ops.softmax_scan import reference as softmax_scan
@@ -32,6 +34,8 @@ __all__ = [
     "linear_scan_step",
     "mlstm",
     "mlstm_step",
+    "rnn",
+    "rnn_step",
     "selective_scan",
     "selective_scan_step",
     "softmax_scan",

@@ -20,6 +20,7 @@ namespace {
 
 using namespace seqkern;
 using namespace seqkern::rnn;
+using cuda::Path;
 using naive::Batch;
 using naive::Buffer;
 using naive::Number;
@@ -42,8 +43,15 @@ Numbers empty(Cell cell) {
   return cell == Cell::kSlstm ? Numbers{0, 0, -INFINITY} : Numbers(sizes_of(cell).carried);
 }
 
-// [cell] of one unit, as the papers have it: m_t; c becomes that of t.
-Number next(Cell cell, const Numbers& x, const Numbers& u, Number h, Numbers& c) {
+// To a type, and as if nothing were lost in the derivative.
+Number rounded(Number a, DType dtype) {
+  Buffer one(dtype, 1);
+  one.set(0, a.value);
+  return {one[0], {{a.node, 1}}};
+}
+
+// [cell] of one unit, as the papers have it: m_t; c becomes that of t. u is kept for the backward in the type `kept`.
+Number next(Cell cell, const Numbers& x, const Numbers& u, Number h, Numbers& c, DType kept) {
   switch (cell) {
     case Cell::kLstm: {
       const Number i = sigmoid(x[0] + u[0]), f = sigmoid(x[1] + u[1]), g = tanh(x[2] + u[2]), o = sigmoid(x[3] + u[3]);
@@ -62,26 +70,20 @@ Number next(Cell cell, const Numbers& x, const Numbers& u, Number h, Numbers& c)
     }
     case Cell::kElmanTanh:
       return tanh(x[0] + u[0]);
-    case Cell::kElmanRelu:
-      return relu(x[0] + u[0]);
+    case Cell::kElmanRelu: {
+      const Number sum = x[0] + u[0];
+      const bool passes = x[0].value + rounded(u[0], kept).value > 0;
+      return {std::max(sum.value, 0.0), {{sum.node, passes ? 1.0 : 0.0}}};
+    }
   }
   return {};
 }
 
-// To a type, and as if nothing were lost in the derivative.
-Number rounded(Number a, DType dtype) {
-  Buffer one(dtype, 1);
-  one.set(0, a.value);
-  return {one[0], {{a.node, 1}}};
-}
-
-enum class Path { kFused, kStepwise };
-
 struct Case {
   Path path;
   Cell cell;
-  DType dtype;             // of x and h; weights and states have this one or another
-  int64_t B, L, H, P, Q;   // Q < 0: no proj
+  DType dtype;            // of x and h; weights and states have this one or another
+  int64_t B, L, H, P, Q;  // Q < 0: no proj
   Packing packing;
   bool bias, states, reset, reverse, training, weights;  // weights: what their gradients are made of
   double zoneout, recurrent_dropout, grad_clip;
@@ -89,10 +91,11 @@ struct Case {
   int64_t outputs() const { return Q < 0 ? P : Q; }
   std::string text() const {
     char line[256];
-    std::snprintf(line, sizeof line, "%s %s %s B=%ld L=%ld H=%ld P=%ld Q=%ld %s%s%s%s%s zoneout=%g%s dropout=%g clip=%g",
-                  path == Path::kFused ? "fused" : "stepwise", sizes_of(cell).name, naive::text(dtype), B, L, H, P, Q, naive::text(packing),
-                  bias ? " bias" : "", states ? " states" : "", reset ? " reset" : "", reverse ? " reverse" : "",
-                  zoneout, training ? " training" : "", recurrent_dropout, grad_clip);
+    std::snprintf(line, sizeof line,
+                  "%s %s %s B=%ld L=%ld H=%ld P=%ld Q=%ld %s%s%s%s%s zoneout=%g%s dropout=%g clip=%g",
+                  path == Path::kFused ? "fused" : "stepwise", sizes_of(cell).name, naive::text(dtype), B, L, H, P, Q,
+                  naive::text(packing), bias ? " bias" : "", states ? " states" : "", reset ? " reset" : "",
+                  reverse ? " reverse" : "", zoneout, training ? " training" : "", recurrent_dropout, grad_clip);
     return line;
   }
 };
@@ -155,7 +158,7 @@ struct Data {
     p.grad_clip = c.grad_clip, p.dh = dh.tokens(), p.h = h.tokens(), p.u = u.gates(), p.c = this->c.carried();
     p.dx = dx.gates();
     if (c.weights) p.operand = operand.tokens();
-    if (c.weights && sizes.two_sides) p.du_last = du_last.tokens();
+    if (sizes.two_sides) p.du_last = du_last.tokens();
     if (c.weights && c.Q >= 0) p.dh_total = dh_total.tokens(), p.m = m.tokens();
     if (c.states) {
       p.dfinal_h = dfinal_h.array, p.dfinal_c = dfinal_c.array;
@@ -194,8 +197,8 @@ struct Data {
     const auto draw = [&](int64_t) { return normal(random); };
     // Such that a gradient neither grows nor dies over a few tokens.
     const auto weight = [&](int64_t) { return normal(random) / std::sqrt(static_cast<double>(c.P)); };
-    for (Buffer* of_1 : {static_cast<Buffer*>(&x), static_cast<Buffer*>(&dh), &bias, &initial_h, &initial_c, &dfinal_h,
-                         &dfinal_c})
+    for (Buffer* of_1 :
+         {static_cast<Buffer*>(&x), static_cast<Buffer*>(&dh), &bias, &initial_h, &initial_c, &dfinal_h, &dfinal_c})
       of_1->fill(draw);
     R.fill(weight), proj.fill(weight);
     for (Buffer* zero : {&dinitial_h, &dinitial_c}) zero->fill([](int64_t) { return 0; });  // as the operator does it
@@ -212,9 +215,21 @@ struct WantedData {
   Wanted h, final_h, final_c, u, c, dx, du_last, operand, dh_total, m, dinitial_h, dinitial_c, dR, dbias, dproj;
 
   explicit WantedData(const Data& d)
-      : h(d.h), final_h(d.final_h), final_c(d.final_c), u(d.u), c(d.c), dx(d.dx), du_last(d.du_last),
-        operand(d.operand), dh_total(d.dh_total), m(d.m), dinitial_h(d.dinitial_h), dinitial_c(d.dinitial_c), dR(d.R),
-        dbias(d.bias), dproj(d.proj) {}
+      : h(d.h),
+        final_h(d.final_h),
+        final_c(d.final_c),
+        u(d.u),
+        c(d.c),
+        dx(d.dx),
+        du_last(d.du_last),
+        operand(d.operand),
+        dh_total(d.dh_total),
+        m(d.m),
+        dinitial_h(d.dinitial_h),
+        dinitial_c(d.dinitial_c),
+        dR(d.R),
+        dbias(d.bias),
+        dproj(d.proj) {}
 
   // What one sequence and head give.
   void add(const Case& c, const Data& d, const Sequence& s, int64_t head) {
@@ -275,7 +290,7 @@ struct WantedData {
       for (int64_t p = 0; p < P; ++p) {
         Numbers x, u;
         for (int64_t g = 0; g < G; ++g) x.push_back(token.x[g * P + p]), u.push_back(token.u[g * P + p]);
-        units.push_back(next(c.cell, x, u, sizes.reads_h ? before[p] : 0, state[p]));
+        units.push_back(next(c.cell, x, u, sizes.reads_h ? before[p] : 0, state[p], c.dtype));
         m[d.m.place(s.b, t, head, 0, p)] = units[p].value;
         const Numbers kept = carried(c.cell, state[p]);
         for (int64_t k = 0; k < C; ++k) this->c[d.c.place(s.b, t, head, k, p)] = kept[k].value;
@@ -295,13 +310,12 @@ struct WantedData {
       tokens.push_back(token);
     }
 
+    std::vector<Numbers> last;
+    for (int64_t p = 0; p < P; ++p) last.push_back(carried(c.cell, state[p]));
     std::vector<double> seeds = Number::seeds();
     const auto seed = [&](const Number& of, double by) {
       if (of.node >= 0) seeds[of.node] += by;
     };
-    std::vector<Numbers> last;
-    for (int64_t p = 0; p < P; ++p) last.push_back(carried(c.cell, state[p]));
-    seeds.resize(Number::seeds().size());
     for (int64_t q = 0; c.states && q < Q; ++q) {
       final_h[of_h(s.final, q)] = h[q].value;
       seed(h[q], d.dfinal_h[of_h(s.final, q)]);
@@ -364,8 +378,49 @@ void run_stepwise(const BwdParams& given, DType product_dtype) {
     cuda::backward_step(p, work, tau, {});
     cuda::multiply(cuda::return_product(p, work), {});
   }
-  if (p.sequences.length > 0) cuda::return_step(p, work, -1, {});
+  cuda::return_step(p, work, -1, {});
 }
+
+// [weights]
+struct Gradients {
+  Buffer dR, dbias, dproj;
+
+  Gradients(const Case& c, const Data& d)
+      : dR(d.R.array.dtype, d.R.size), dbias(d.bias.array.dtype, d.bias.size), dproj(d.proj.array.dtype, d.proj.size) {
+    const CellSizes sizes = sizes_of(c.cell);
+    const int64_t GP = sizes.gates * c.P, shared = sizes.two_sides ? GP - c.P : GP;  // where du is dx
+    Buffer one(c.dtype, 1);
+    one.set(0, 1);
+    const SumParams::Side ones{one.array.data, c.dtype, 0, 0};
+    add(c, dR, 0, GP, side(d.dx), shared, side(d.operand), c.outputs());
+    add(c, dbias, 0, GP, side(d.dx), shared, ones, 1);
+    if (sizes.two_sides) {
+      add(c, dR, shared, GP, side(d.du_last), c.P, side(d.operand), c.outputs());
+      add(c, dbias, shared, GP, side(d.du_last), c.P, ones, 1);
+    }
+    if (c.Q >= 0) add(c, dproj, 0, c.Q, side(d.dh_total), c.Q, side(d.m), c.P);
+  }
+
+ private:
+  // Tokens in the order of memory.
+  static SumParams::Side side(const Gates& t) { return {t.begin(), t.array.dtype, std::min(t.b, t.l), t.h}; }
+
+  // Rows from `first` on of the matrices of heads, which have `height` rows.
+  static void add(const Case& c, const Buffer& out, int64_t first, int64_t height, SumParams::Side left, int64_t rows,
+                  SumParams::Side right, int64_t columns) {
+    SumParams p{.tokens = c.B * c.L,
+                .heads = c.H,
+                .rows = rows,
+                .columns = columns,
+                .accumulator = accumulator(c.dtype),
+                .left = left,
+                .right = right,
+                .out = out.array,
+                .out_head = height * columns};
+    p.out.data = out.bytes.get() + first * columns * size_of(out.array.dtype);
+    cuda::sum(p, {});
+  }
+};
 
 bool run(const Case& c, std::mt19937& random) {
   const CellSizes sizes = sizes_of(c.cell);
@@ -400,6 +455,113 @@ bool run(const Case& c, std::mt19937& random) {
   if (c.weights) ok &= check("operand", d.operand, want.operand, terms);
   if (c.weights && c.Q >= 0)
     ok &= check("dh_total", d.dh_total, want.dh_total, 4 * terms) & check("m", d.m, want.m, terms);
+  if (c.weights) {
+    const Gradients got(c, d);
+    const double of_sums = 4 * terms * std::sqrt(static_cast<double>(c.B * c.L));
+    ok &= check("dR", got.dR, want.dR, of_sums);
+    if (c.bias) ok &= check("dbias", got.dbias, want.dbias, of_sums);
+    if (c.Q >= 0) ok &= check("dproj", got.dproj, want.dproj, of_sums);
+  }
+  return ok;
+}
+
+// One token for each row, whose states are rows of a pool.
+bool run_step(Cell cell, DType dtype, int64_t H, int64_t P, int64_t Q, std::mt19937& random) {
+  std::normal_distribution<double> normal;
+  const auto draw = [&](int64_t) { return normal(random); };
+  const std::vector<int64_t> indices = {2, -1, 0, 7, 3, 4};
+  const int64_t B = static_cast<int64_t>(indices.size()), R = 5, empty_row = 3;
+  const CellSizes sizes = sizes_of(cell);
+  const int64_t G = sizes.gates, outputs = Q < 0 ? P : Q;
+  const DType type = accumulator(dtype);
+  const double zoneout = random() % 2 ? 0.3 : 0;
+  const bool has_bias = random() % 2;
+  Buffer x(dtype, B * H * G * P), h(dtype, B * H * outputs), weights(random() % 2 ? dtype : type, H * G * P * outputs),
+      bias(type, H * G * P), proj(dtype, H * outputs * P);
+  const auto weight = [&](int64_t) { return normal(random) / std::sqrt(static_cast<double>(P)); };
+  x.fill(draw), weights.fill(weight), bias.fill(draw), proj.fill(weight);
+  // (R, H, P) with rows of one unit after another, or the other way round.
+  std::vector<Buffer> state;
+  std::vector<StepParams::Rows> rows;
+  for (int k = 0; k < sizes.published; ++k) {
+    const int64_t width = k == 0 ? outputs : P;
+    state.emplace_back(random() % 2 ? dtype : type, R * H * width);
+    const bool turned = random() % 2;
+    rows.push_back({state[k].array.data, state[k].array.dtype, turned ? 1 : H * width, turned ? R * width : width,
+                    turned ? R : 1});
+    state[k].fill([&](int64_t) { return k == 2 ? 0.1 + std::abs(normal(random)) : normal(random); });
+  }
+  const auto place = [&](int k, int64_t r, int64_t head, int64_t p) {
+    return r * rows[k].b + head * rows[k].h + p * rows[k].p;
+  };
+  for (int64_t head = 0; head < H; ++head) {
+    for (int64_t q = 0; q < outputs; ++q) state[0].set(place(0, empty_row, head, q), 0);
+    for (int64_t p = 0; p < P; ++p) {
+      for (int k = 1; k < sizes.published; ++k) state[k].set(place(k, empty_row, head, p), empty(cell)[k - 1].value);
+    }
+  }
+
+  Wanted h_want(h);
+  std::vector<Wanted> want;
+  for (const Buffer& part : state) {
+    want.emplace_back(part);
+    for (int64_t i = 0; i < part.size; ++i) want.back()[i] = part[i];
+  }
+  Number::clear();
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t r = indices[b];
+    if (r < 0 || r >= R) continue;
+    for (int64_t head = 0; head < H; ++head) {
+      std::vector<double> units(P);
+      for (int64_t p = 0; p < P; ++p) {
+        Numbers gates, u, c;
+        for (int64_t g = 0; g < G; ++g) {
+          gates.push_back(x[((b * H + head) * G + g) * P + p]);
+          const int64_t row = (head * G + g) * P + p;
+          double sum = has_bias ? bias[row] : 0;
+          for (int64_t q = 0; q < outputs; ++q) {
+            const double read = rounded(state[0][place(0, r, head, q)], dtype).value;
+            sum += rounded(weights[row * outputs + q], dtype).value * read;
+          }
+          u.push_back(sum);
+        }
+        for (int k = 1; k < sizes.published; ++k) c.push_back(state[k][place(k, r, head, p)]);
+        units[p] = next(cell, gates, u, sizes.reads_h ? state[0][place(0, r, head, p)] : 0, c, dtype).value;
+        c = published(cell, carried(cell, c));  // of the scales that a state may be in that with n = 1
+        for (int k = 1; k < sizes.published; ++k) want[k][place(k, r, head, p)] = c[k - 1].value;
+      }
+      for (int64_t q = 0; q < outputs; ++q) {
+        double y = Q < 0 ? units[q] : 0;
+        for (int64_t p = 0; Q >= 0 && p < P; ++p) {
+          y += proj[(head * Q + q) * P + p] * rounded(units[p], dtype).value;
+        }
+        y = zoneout * state[0][place(0, r, head, q)] + (1 - zoneout) * y;
+        want[0][place(0, r, head, q)] = h_want[(b * H + head) * outputs + q] = y;
+      }
+    }
+  }
+
+  StepParams p{};
+  p.batch = B, p.heads = H, p.units = P, p.outputs = outputs, p.rows = R, p.cell = cell, p.accumulator = type;
+  for (int k = 0; k < sizes.published; ++k) p.state[k] = rows[k];
+  p.x = {x.array.data, dtype, H * G * P, 0, G * P, P};
+  p.R = weights.array, p.zoneout = zoneout;
+  if (has_bias) p.bias = bias.array;
+  if (Q >= 0) p.proj = proj.array;
+  p.h = {h.array.data, dtype, H * outputs, outputs, 1};
+  p.state_indices = indices.data(), p.state_indices_is_int64 = true;
+  const Buffer workspace = naive::workspace(cuda::step_workspace_bytes(p));
+  p.workspace = workspace.array.data;
+  cuda::step(p, {});
+
+  char line[128];
+  std::snprintf(line, sizeof line, "step %s %s H=%ld P=%ld Q=%ld zoneout=%g%s", sizes.name, naive::text(dtype), H, P, Q,
+                zoneout, has_bias ? " bias" : "");
+  const double terms = size_of(dtype) == 2 ? 8 : 64;
+  const DType lost = size_of(dtype) == 2 ? dtype : type;
+  bool ok = passes(line, "h", naive::difference(h, h_want, lost, terms));
+  for (int k = 0; k < sizes.published; ++k)
+    ok &= passes(line, "state", naive::difference(state[k], want[k], lost, terms));
   return ok;
 }
 
@@ -419,8 +581,8 @@ int main(int argc, char** argv) {
   };
   // Blocks of the fused path hold 8 sequences, warps 16 units; the widest ones have no room for all weights in
   // registers.
-  const Size sizes[] = {{3, 9, 2, 20, 7},  {10, 4, 1, 16, 16}, {2, 7, 3, 7, 9},  {1, 3, 1, 130, 70},
-                        {2, 0, 2, 5, 3},   {1, 11, 2, 34, 40}, {9, 1, 1, 1, 1}};
+  const Size sizes[] = {{3, 9, 2, 20, 7}, {10, 4, 1, 16, 16}, {2, 7, 3, 7, 9}, {1, 3, 1, 130, 70},
+                        {2, 0, 2, 5, 3},  {1, 11, 2, 34, 40}, {9, 1, 1, 1, 1}};
   const Cell cells[] = {Cell::kLstm, Cell::kGru, Cell::kSlstm, Cell::kElmanTanh, Cell::kElmanRelu};
   const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
   for (const Size& size : sizes) {
@@ -440,6 +602,12 @@ int main(int argc, char** argv) {
           check([&] { return run(c, random); });
         }
       }
+    }
+  }
+  for (const Cell cell : cells) {
+    for (const DType dtype : dtypes) {
+      const int64_t P = 1 + random() % 40, Q = sizes_of(cell).reads_h || random() % 2 ? -1 : 1 + random() % 40;
+      check([&] { return run_step(cell, dtype, 1 + random() % 2, P, Q, random); });
     }
   }
   std::printf("%d of %d cases failed\n", failures, cases);

@@ -13,16 +13,21 @@ from .mingru import MinGRU, MinLSTM
 from .mlstm import MLSTM
 from .retnet import RetNet
 from .rglru import RGLRU
+from .rnn import GRU, LSTM, RNN, SLSTM, convert
 from .s5 import S5
 
 __all__ = [
     "GLA",
+    "GRU",
     "HGRN",
     "KDA",
     "LRU",
+    "LSTM",
     "MLSTM",
     "RGLRU",
+    "RNN",
     "S5",
+    "SLSTM",
     "Aaren",
     "GatedConv",
     "GatedDeltaNet",
@@ -36,4 +41,5 @@ __all__ = [
     "ParaLSTM",
     "RetNet",
     "SLSTMDiag",
+    "convert",
 ]

@@ -7,6 +7,7 @@ from . import (  # noqa: F401
     linear_attention,
     linear_scan,
     mlstm,
+    rnn,
     selective_scan,
     softmax_scan,
     ssd,

@@ -193,7 +193,7 @@ def reference(
 ) -> Tensor | tuple:
     """`elementwise_rnn` in plain torch, token by token, in the widest dtype of its arguments."""
     made_of, _ = options_of("elementwise_rnn", cell, solver, atol, max_sweeps, on_fail)
-    parts = None if initial_state is None else parts_of("elementwise_rnn", "initial_state", cell, made_of.published, initial_state)
+    parts = parts_of("elementwise_rnn", "initial_state", cell, made_of.published, initial_state)
     h, final_state = solve(made_of, x, weights, parts, reset, cu_seqlens, reverse)
     results = [h]
     if return_final_state:

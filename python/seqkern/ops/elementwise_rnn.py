@@ -22,7 +22,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .._cells import State, check_part, parts_of
+from .._cells import State, check_part, parts_of, state_rows
 from .._config import settings
 from .._load import library
 from .._recurrence import num_states
@@ -139,14 +139,11 @@ def elementwise_rnn(
         (True, torch.Size([2, 8]))
     """
     made_of, options = options_of("elementwise_rnn", cell, solver, atol, max_sweeps, on_fail)
-    state = None
-    if initial_state is not None:
-        parts = parts_of("elementwise_rnn", "initial_state", cell, made_of.published, initial_state)
-        if x.dim() == 4:
-            sizes = {"B" if cu_seqlens is None else "num_sequences": num_states(x, cu_seqlens), "D": x.shape[3]}
-            for name, part in zip(made_of.published, parts, strict=True):
-                check_part("elementwise_rnn", name, part, sizes, x)
-        state = carried(made_of, parts, accumulator(x.dtype))
+    state = parts_of("elementwise_rnn", "initial_state", cell, made_of.published, initial_state)
+    if state is not None:
+        for name, part in zip(made_of.published, state, strict=True) if x.dim() == 4 else ():
+            check_part("elementwise_rnn", name, part, state_rows(x, cu_seqlens) | {"D": x.shape[3]}, x)
+        state = carried(made_of, state, accumulator(x.dtype))
     wants_stats = return_stats or on_fail != "repair"
     args = (x, weights, state, reset, cu_seqlens, *options, reverse, not settings.batch_invariant, return_final_state)
     if needs_graph(x, weights, state):

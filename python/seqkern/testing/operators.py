@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..ops._elementwise_rnn import CELLS
 from .cases import COMMON, Inputs, Operator
 from .chunked import DELTA_RULE, LINEAR_ATTENTION, MLSTM, SSD
+from .recurrent import ELEMENTWISE_RNN, RNN
 
 
 def _conv_workspace_bytes(inputs: Inputs) -> int:
@@ -368,93 +368,6 @@ SOFTMAX_SCAN = Operator(
 )
 
 
-def _with_tuple(function: Callable, name: str) -> Callable:
-    """A function of elementwise_rnn as the table calls it: a state of one part is that part."""
-
-    def call(**given):
-        if isinstance(given.get(name), Tensor):
-            given[name] = (given[name],)
-        return function(**given)
-
-    return call
-
-
-def _rnn_shapes(values: dict[str, Any]) -> dict[str, str]:
-    parts = CELLS[values["cell"]].published
-    return {prefix + part: "absent" for prefix in ("", "final_") for part in "cnm" if part not in parts}
-
-
-def _rnn_gates(variates: Tensor, values: dict[str, Any]) -> Tensor:
-    """Of relu, some with a sum below 0, but none so far below that adding 1 does not matter."""
-    return 0.3 + 0.5 * variates.tanh() if values["cell"] == "indrnn" else variates
-
-
-def _rnn_options(values: dict[str, Any]) -> dict[str, Any]:
-    """Solvers are asked for the last digits: what their default leaves is in test_elementwise_rnn.py."""
-    atol = 1e-15 if values["dtype"] == torch.float64 else 1e-7
-    return {"cell": values["cell"], "solver": values["solver"], "atol": atol}
-
-
-def _rnn_kept_bytes(inputs: Inputs) -> int:
-    """The states at every 16th token (csrc/elementwise_rnn/params.h)."""
-    B, L, D = (inputs.sizes[letter] for letter in "BLD")
-    return len(CELLS[inputs.options["cell"]].empty) * B * -(-L // 16) * D * inputs.accumulator.itemsize
-
-
-def _rnn_workspace_bytes(inputs: Inputs) -> int:
-    """Gradients of the weights by sequences (csrc/elementwise_rnn/cpu_plan.h)."""
-    return min(32, inputs.num_runs) * inputs.tensors["weights"].numel() * inputs.accumulator.itemsize + 8
-
-
-ELEMENTWISE_RNN = Operator(
-    name="elementwise_rnn",
-    function=_with_tuple(ops.elementwise_rnn.elementwise_rnn, "initial_state"),
-    step=_with_tuple(ops.elementwise_rnn.elementwise_rnn_step, "state"),
-    reference=_with_tuple(ops.elementwise_rnn.reference, "initial_state"),
-    reference_step=_with_tuple(ops.elementwise_rnn.reference_step, "state"),
-    arguments={"x": "B L G D", "weights": "W D", "h": "N D", "c": "N D", "n": "N D", "m": "N D"},
-    outputs={"y": "B L D", "final_h": "N D", "final_c": "N D", "final_n": "N D", "final_m": "N D"},
-    state={"h": 0.0, "c": 0.0, "n": 0.0, "m": -math.inf},
-    step_state="state",
-    step_options=("cell",),
-    autocast=(),
-    factors=COMMON
-    | {
-        "packing": ("none", "cu_seqlens"),
-        "shape": (
-            (2, 17, 3),
-            (2, 1, 4),
-            (1, 2, 5),
-            (3, 33, 2),
-            (2, 130, 40),
-            (1, 260, 6),
-            (0, 5, 3),
-            (2, 5, 0),
-            (2, 0, 3),
-        ),
-        "cell": ("slstm", "gru", "lstm", "indrnn", "elman"),  # the first has the most gates and parts
-        "solver": ("auto", "newton", "shooting", "serial"),
-        "reset": (False, True),
-    },
-    shape="B L D",
-    small_shapes=((2, 17, 3), (1, 2, 40), (3, 33, 2), (1, 150, 6), (0, 5, 3), (2, 0, 3)),
-    tiny={"shape": ((2, 2, 1), (1, 3, 1)), "solver": ("auto", "newton")},
-    options=_rnn_options,
-    variants=_rnn_shapes,
-    native_factors={"cell": "gru"},
-    state_sizes=lambda values: {"G": CELLS[values["cell"]].gates, "W": CELLS[values["cell"]].weights},
-    workspace_bytes=_rnn_workspace_bytes,
-    kept_bytes=_rnn_kept_bytes,
-    harmless={"x": (-math.inf, math.inf)},
-    draw={
-        "x": _rnn_gates,
-        "weights": lambda t, values: t.tanh(),
-        "h": lambda t, values: t.tanh(),
-        "n": lambda t, values: 0.5 + t.abs(),
-    },
-    lean={"cell": "indrnn"},
-)
-
 OPERATORS = (
     CAUSAL_CONV1D,
     DELTA_RULE,
@@ -462,6 +375,7 @@ OPERATORS = (
     LINEAR_ATTENTION,
     LINEAR_SCAN,
     MLSTM,
+    RNN,
     SELECTIVE_SCAN,
     SOFTMAX_SCAN,
     SSD,
