@@ -16,8 +16,8 @@ from torch import Tensor
 import seqkern.nn
 from seqkern.testing import interleaved
 
-LAYERS = "conv mamba mamba2 _scan aaren elementwise gla retnet mlstm delta".split()
-CALLERS = [getattr(seqkern.nn, name) for name in LAYERS]  # modules that call operators
+LAYERS = "conv mamba mamba2 _scan aaren elementwise rnn gla retnet mlstm delta".split()
+CALLERS = [seqkern, *(getattr(seqkern.nn, name) for name in LAYERS)]  # modules that call operators
 
 # ---- what one would write without seqkern, for the arguments that those layers give here
 
@@ -124,6 +124,43 @@ def plain_elementwise_token(state, x, weights, cell):
         c, n = old * c + new * torch.tanh(z), old * n + new
         return torch.sigmoid(o) * c / n, c, n, top
     return (torch.relu(weights[0] * h + x[0]),)  # indrnn
+
+
+def plain_rnn(x, R, bias, initial_state, *, cell, **absent):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x.new_zeros(len(x), x.shape[2], R.shape[3], dtype=wide)
+    c = torch.zeros_like(x[:, 0, :, 0], dtype=wide)
+    state = {"lstm": (h, c), "slstm": (h, c, c, c - torch.inf), "gru": (h,)}[cell]
+    outputs = []
+    for x_t in x.unbind(1):
+        state = plain_rnn_token(state, x_t, R, bias, cell)
+        outputs.append(state[0])
+    return torch.stack(outputs, dim=1).to(x.dtype)
+
+
+def plain_rnn_step(state, x, R, bias, *, cell):
+    for old, new in zip(state, plain_rnn_token(state, x, R, bias, cell), strict=True):
+        old.copy_(new)
+    return state[0].to(x.dtype)
+
+
+def plain_rnn_token(state, x, R, bias, cell):
+    (h, *rest), x = state, x.to(state[0].dtype).unbind(2)
+    u = torch.einsum("hgpq,bhq->bhgp", R, h)
+    u = (u if bias is None else u + bias).unbind(2)
+    if cell == "gru":
+        r, z = torch.sigmoid(x[0] + u[0]), torch.sigmoid(x[1] + u[1])
+        return ((1 - z) * torch.tanh(x[2] + r * u[2]) + z * h,)
+    i, f, g, o = (a + b for a, b in zip(x, u, strict=True))
+    if cell == "lstm":
+        (c,) = rest
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+    c, n, m = rest  # slstm
+    top = torch.maximum(F.logsigmoid(f) + m, i)
+    old, new = torch.exp(F.logsigmoid(f) + m - top), torch.exp(i - top)
+    c, n = old * c + new * torch.tanh(g), old * n + new
+    return torch.sigmoid(o) * c / n, c, n, top
 
 
 def plain_ssd(x, dt, A, B, C, D, z, *, dt_bias, **absent):
@@ -237,7 +274,7 @@ class Operator(NamedTuple):
 
 
 class Call:
-    """One call of an operator: its arguments, and the gradient that came back to its output."""
+    """One call of an operator, without its final state: its arguments, and the gradient that came to its output."""
 
     def __init__(self, args: tuple, options: dict):
         self.args = [leaf(arg) for arg in args]
@@ -271,6 +308,8 @@ OPERATORS = [
     Operator("softmax_scan_step", plain_softmax_scan_step, {"step": Call.forward}),
     Operator("elementwise_rnn", plain_elementwise_rnn, TRAINING),
     Operator("elementwise_rnn_step", plain_elementwise_rnn_step, {"step": Call.forward}),
+    Operator("rnn", plain_rnn, TRAINING),
+    Operator("rnn_step", plain_rnn_step, {"step": Call.forward}),
     Operator("ssd", plain_ssd, TRAINING),
     Operator("ssd_step", plain_ssd_step, {"step": Call.forward}),
     Operator("gla", plain_linear_attention, TRAINING),
@@ -289,11 +328,12 @@ def recorded(operator: Operator):
     calls, function = [], getattr(seqkern, operator.name)
 
     def record(*args, **options):
+        result = function(*args, **options)
+        y = result[0] if options.pop("return_final_state", False) else result
         calls.append(call := Call(args, options))
-        y = function(*args, **options)
         if y.requires_grad:
             y.register_hook(lambda dy: setattr(call, "dy", dy))
-        return y
+        return result
 
     with contextlib.ExitStack() as patches:
         for module in CALLERS:

@@ -4,8 +4,8 @@
 
 After every digit of a random string the model says what the digits so far add up to modulo 2 (parity), or modulo 5. It
 is trained on strings that grow to 40 digits and tested on longer ones. A nonlinear recurrence holds the sum in its
-state, for strings of any length. The linear one, a MinGRU, is as large and has the same gates, but decays between 0 and
-1 that do not see the state: such a layer can tell no strings of any length apart by a sum modulo anything [2411.12537].
+state, for strings of any length. The linear one, a MinGRU, has a gate as well, but one that does not see the state and
+makes decays between 0 and 1: such a layer has no place for a sum modulo anything, and guesses [2411.12537].
 
 Below, in this order: the strings, the models, their training, and the results, as a table and as a plot.
 """
@@ -80,3 +80,76 @@ def train(model: nn.Module, digits: int, options: argparse.Namespace) -> None:
         optimizer.step()
         schedule.step()
         progress.advance(loss.item())
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, length: int, digits: int, options: argparse.Namespace) -> Tensor:
+    """(L,): the share of right answers after each digit of 1000 strings that training has not seen."""
+    generator = torch.Generator().manual_seed(options.seed + 1)
+    string, sums = strings(1000, length, digits, generator, options.device)
+    return (model(string).argmax(dim=-1) == sums).float().mean(dim=0).cpu()
+
+
+# ---- results
+
+
+def print_table(accuracies: dict[str, dict[str, Tensor]], trained: int) -> None:
+    lengths = [trained // 2, trained, 2 * trained, 4 * trained]
+    print(f"\n{'right answers after':<20}" + "".join(f"{length:>8} digits" for length in lengths))
+    for task, of_layers in accuracies.items():
+        for layer, shares in of_layers.items():
+            row = "".join(f"{100 * shares[length - 1]:>13.1f} %" for length in lengths)
+            print(f"{task + ', ' + layer:<20}{row}")
+    print(f"Strings of the training have up to {trained} digits.")
+
+
+def plot(path: Path, accuracies: dict[str, dict[str, Tensor]], trained: int) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(TASKS), figsize=(10, 4), sharey=True, layout="constrained")
+    for axes, (task, of_layers) in zip(panels, accuracies.items(), strict=True):
+        for width, (layer, shares) in zip((5, 3, 1.5, 1.5), of_layers.items(), strict=True):  # some lie on each other
+            axes.plot(range(1, len(shares) + 1), 100 * shares, label=layer, linewidth=width)
+        axes.axvline(trained, color="0.6", linestyle="--", label="longest of the training")
+        axes.axhline(100 / TASKS[task], color="0.6", linestyle=":", label="guessing")
+        axes.set(xlabel="digits so far", title=task, ylim=(0, 102))
+    panels[0].set_ylabel("right answers, %")
+    panels[-1].legend(loc="center right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(f"plot: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--length", type=int, default=40, help="digits in the longest strings of the training")
+    parser.add_argument("--rate", type=float, default=1e-2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--plot", type=Path, metavar="FILE", default=Path("state_tracking.png"))
+    options = parser.parse_args()
+
+    accuracies = {task: {} for task in TASKS}
+    for task, digits in TASKS.items():
+        for layer in LAYERS:
+            torch.manual_seed(options.seed)
+            model = Tracker(layer, digits).to(options.device)
+            size = sum(parameter.numel() for parameter in model.parameters())
+            print(f"{task}, {layer}: {size:,} parameters, {options.device}")
+            train(model, digits, options)
+            accuracies[task][layer] = accuracy(model, 4 * options.length, digits, options)
+    print_table(accuracies, options.length)
+    plot(options.plot, accuracies, options.length)
+
+
+if __name__ == "__main__":
+    main()

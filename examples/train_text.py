@@ -31,6 +31,7 @@ from torch import Tensor, nn  # noqa: E402
 import seqkern.nn  # noqa: E402
 
 State = Tensor | tuple[Tensor, ...]  # of one layer
+
 # What mixes tokens over time, by the name that --mixer takes: (size of a token, number of the layer) -> module with
 # forward(x), step(x, state) and zero_state(batch_size), such as seqkern.nn's.
 MIXERS = {
@@ -48,6 +49,9 @@ MIXERS = {
     "para_lstm": lambda dim, layer: seqkern.nn.ParaLSTM(dim),
     "slstm_diag": lambda dim, layer: seqkern.nn.SLSTMDiag(dim, layer=layer, depth=5),
     "indrnn": lambda dim, layer: seqkern.nn.IndRNN(dim, length=256),
+    "lstm": lambda dim, layer: WithStep("lstm", seqkern.nn.LSTM(dim, dim, batch_first=True)),
+    "gru": lambda dim, layer: WithStep("gru", seqkern.nn.GRU(dim, dim, batch_first=True)),
+    "slstm": lambda dim, layer: seqkern.nn.SLSTM(dim, num_heads=dim // 40, layer=layer, depth=5),
     "gla": lambda dim, layer: seqkern.nn.GLA(dim, num_heads=dim // 40),
     "retnet": lambda dim, layer: seqkern.nn.RetNet(dim, num_heads=dim // 40),
     "gated_delta_net": lambda dim, layer: seqkern.nn.GatedDeltaNet(dim, num_heads=dim // 40, expand_v=1.0),
@@ -91,6 +95,26 @@ class Block(nn.Module):
     def step(self, x: Tensor, state: State) -> Tensor:  # (B, dim); the state is updated in place
         x = x + self.mixer.step(self.norm(x), state)
         return x + self.mlp(x)
+
+
+class WithStep(nn.Module):
+    """One of torch.nn's recurrent layers, as seqkern has them, with a step: those return a state instead."""
+
+    def __init__(self, cell: str, layer: seqkern.nn.LSTM | seqkern.nn.GRU):
+        super().__init__()
+        self.cell, self.layer = cell, layer
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, dim)
+        return self.layer(x)[0]
+
+    def zero_state(self, batch_size: int) -> State:  # (h, c) or (h,)
+        zeros = self.layer.weight_hh_l0.new_zeros(batch_size, 1, self.layer.hidden_size)
+        return (zeros, zeros.clone()) if self.cell == "lstm" else (zeros,)
+
+    def step(self, x: Tensor, state: State) -> Tensor:  # (B, dim)
+        (w_ih, w_hh, b_ih, b_hh), P = self.layer.all_weights[0], self.layer.hidden_size
+        gates = F.linear(x, w_ih, b_ih).view(len(x), 1, -1, P)  # of one head
+        return seqkern.rnn_step(state, gates, w_hh.view(1, -1, P, P), b_hh.view(1, -1, P), cell=self.cell).flatten(1)
 
 
 class CharModel(nn.Module):

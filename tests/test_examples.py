@@ -113,6 +113,7 @@ SCANS = {
     **dict.fromkeys(["mingru", "minlstm", "lru", "rglru", "s5", "hgrn"], "linear_scan"),
     "aaren": "softmax_scan",
     **dict.fromkeys(["para_gru", "para_lstm", "slstm_diag", "indrnn"], "elementwise_rnn"),
+    **dict.fromkeys(["lstm", "gru", "slstm"], "rnn"),
 }
 
 
@@ -176,3 +177,17 @@ def test_parity_needs_negative_decays(tmp_path):
     signed, positive = accuracies[80]  # twice the length of the training
     assert signed >= 99 and positive <= 60
     assert (tmp_path / "parity.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_state_tracking(tmp_path):
+    """With short strings. Twice as long ones are no trouble, but for the linear layer."""
+    output = run("state_tracking.py", *"--steps 100 --batch 32 --length 8".split(), cwd=tmp_path)
+    assert "right answers after        4 digits       8 digits      16 digits      32 digits" in output
+    rows = re.findall(r"^(.+), (\w+) +[\d.]+ % +[\d.]+ % +([\d.]+) % +[\d.]+ %$", output, re.MULTILINE)
+    accuracies = {row[:2]: float(row[2]) for row in rows}
+    layers = ["LSTM", "GRU", "sLSTM", "MinGRU"]
+    assert list(accuracies) == [(task, layer) for task in ("parity", "sum modulo 5") for layer in layers]
+    for (task, layer), accuracy in accuracies.items():
+        low, high = {"parity": (65, 95), "sum modulo 5": (40, 70)}[task]
+        assert accuracy <= low if layer == "MinGRU" else accuracy >= high
+    assert (tmp_path / "state_tracking.png").exists() == (importlib.util.find_spec("matplotlib") is not None)

@@ -295,17 +295,16 @@ __device__ __forceinline__ void clear_flags(const Cut& cut, void* workspace) {
   if (i < cut.blocks) store(static_cast<uint32_t*>(workspace) + i, 0u);
 }
 
-// `to` (sequences.count, columns) of a sequence without tokens: `from`, or `absent` where there is none. By a grid of
-// sequences.count x columns threads.
+// `to` (sequences.count, columns), or number `number` of several such, of a sequence without tokens: `from`, or
+// `absent` where there is none. By a grid of sequences.count x columns threads.
 __device__ __forceinline__ void pass_states(const Sequences& s, int64_t columns, const Array& from, const Array& to,
-                                            float absent) {
+                                            float absent, int64_t number = 0) {
   const auto [row, column] = divide(global_thread(), columns);
   if (row >= s.count) return;
   const Span span = span_of_state(s, row, true, 0);
   if (span.begin < span.end) return;
-  visit(to, [&]<typename T>(T* data) {
-    store(data + global_thread(), from ? load<T>(from, global_thread()) : static_cast<T>(absent));
-  });
+  const int64_t i = number * s.count * columns + global_thread();
+  visit(to, [&]<typename T>(T* data) { store(data + i, from ? load<T>(from, i) : static_cast<T>(absent)); });
 }
 
 }  // namespace seqkern::time_scan

@@ -49,11 +49,7 @@ __global__ void __launch_bounds__(time_scan::kSerialWarps* kWarpSize, tile_of(si
 __global__ void __launch_bounds__(kSmallThreads, 4)
     pass_kernel(const __grid_constant__ Sequences s, const int64_t channels, const __grid_constant__ Array from,
                 const __grid_constant__ Array to, const float absent) {
-  const int64_t first = blockIdx.y * s.count * channels;
-  const auto of_number = [&](const Array& x) {
-    return Array{x ? static_cast<char*>(x.data) + first * size_of(x.dtype) : nullptr, x.dtype};
-  };
-  time_scan::pass_states(s, channels, of_number(from), of_number(to), blockIdx.y == 2 ? absent : 0.0f);
+  time_scan::pass_states(s, channels, from, to, blockIdx.y == 2 ? absent : 0.0f, blockIdx.y);
 }
 
 struct Instance {

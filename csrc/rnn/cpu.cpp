@@ -1,4 +1,5 @@
 // rnn on the CPU, compiled once per instruction set. Torch-free.
+#include "rnn/cpu_bwd.h"
 #include "rnn/cpu_fwd.h"
 #include "rnn/cpu_step.h"
 #include "rnn/cpu_sum.h"
@@ -9,13 +10,13 @@ namespace {
 void fwd(const FwdParams& p) {
   visit_call(p, [&]<class C, class X, class T>() { Forward<C, X, T>(p).run(); });
 }
-void step(const StepParams& p) {
-  const auto run = [&]<class A>() { visit_cell<A>(p.cell, [&]<class C>() { Step<C, A>{p}.run(); }); };
-  p.accumulator == DType::kFloat64 ? run.template operator()<double>() : run.template operator()<float>();
+
+void bwd(const BwdParams& p) {
+  visit_call(p, [&]<class C, class X, class T>() { Backward<C, X, T>(p).run(); });
 }
 
 }  // namespace
 
-const CpuKernels kernels = {fwd, nullptr, step, sum_tokens};
+const CpuKernels kernels = {fwd, bwd, step_tokens, sum_tokens};
 
 }  // namespace seqkern::rnn::SEQKERN_ISA

@@ -12,9 +12,9 @@ namespace {
 template <class C, class X, class T>
 struct Backward : Call<C, X, T> {
   using Base = Call<C, X, T>;
-  using typename Base::A, typename Base::V, typename Base::Carried;
+  using Base::in, Base::P, Base::Q, Base::P_row, Base::Q_row, Base::P_room, Base::Q_room, Base::heads, Base::rows;
   using Base::kG, Base::kC, Base::kWide;
-  using Base::in, Base::P, Base::Q, Base::P_row, Base::Q_row, Base::heads, Base::rows;
+  using typename Base::A, typename Base::V, typename Base::Carried;
 
   const BwdParams& p;
   const int64_t unit_strips = ceil_div(P, kWide), output_strips = ceil_div(Q, kWide);
@@ -34,42 +34,40 @@ struct Backward : Call<C, X, T> {
         return Panels<T>{Base::take_operands(take, room), k, kWide};
       };
       returning = panels(kG * call.P, call.output_strips);
-      if (call.in.proj) projecting = panels(call.Q, call.unit_strips);
+      if (call.in.projects()) projecting = panels(call.Q, call.unit_strips);
     }
   };
 
   struct Arrays {
-    A* dh;          // (heads, rows, Q): what comes back to h_t
-    A* dc;          // (C, heads, rows, P): of c_t
-    A* first_c;     // (C, heads, rows, P): before the first token
-    X* first_h;     // (heads, rows, Q)
-    A* factors;     // (heads, rows, Q): of [dropout]
-    T* du[2];       // (heads, rows, G P): of even t, and of odd t
-    T* projected;   // (heads, rows, Q): the gradient of proj m
-    A* sums;        // (members, rows, kWide): products of a strip
+    A* dh;         // (heads, rows, Q): what comes back to h_t
+    A* dc;         // (C, heads, rows, P): of c_t
+    A* first_c;    // (C, heads, rows, P): before the first token
+    X* first_h;    // (heads, rows, Q)
+    A* factors;    // (heads, rows, Q): of [dropout]
+    T* du[2];      // (heads, rows, G P): of even t, and of odd t
+    T* projected;  // (heads, rows, Q): the gradient of proj m
+    A* sums;       // (members, rows, kWide): products of a strip
 
     template <class Take>
     void allocate(const Backward& call, const Take& take) {
-      dh = take(call.Q_room()), dc = take(kC * call.P_room()), first_c = take(kC * call.P_room());
-      first_h = reinterpret_cast<X*>(take(call.Q_room()));
-      if (call.in.drops()) factors = take(call.Q_room());
+      dh = take(call.Q_room), dc = take(kC * call.P_room), first_c = take(kC * call.P_room);
+      first_h = reinterpret_cast<X*>(take(call.Q_room));
+      if (call.in.drops()) factors = take(call.Q_room);
       for (T*& of : du) of = Base::take_operands(take, call.gates_room());
-      if (call.in.proj) projected = Base::take_operands(take, call.Q_room());
+      if (call.in.projects()) projected = Base::take_operands(take, call.Q_room);
       sums = take(call.plan.team * call.rows * kWide);
     }
     void clear(const Backward& call) {  // paddings that products read
       for (T* of : du) __builtin_memset(of, 0, static_cast<size_t>(call.gates_room()) * sizeof(T));
-      if (call.in.proj) __builtin_memset(projected, 0, static_cast<size_t>(call.Q_room()) * sizeof(T));
+      if (call.in.projects()) __builtin_memset(projected, 0, static_cast<size_t>(call.Q_room) * sizeof(T));
     }
   };
-  int64_t P_room() const { return heads * rows * P_row; }
-  int64_t Q_room() const { return heads * rows * Q_row; }
   int64_t gates_room() const { return heads * rows * gates_row; }
 
   void run() const {
     const InScratch<A, Weights> weights(*this);
     pack_columns(weights.returning, in.R, Q, output_strips);
-    if (in.proj) pack_columns(weights.projecting, in.proj, P, unit_strips);
+    if (in.projects()) pack_columns(weights.projecting, in.proj, P, unit_strips);
     this->template for_each_walk<Arrays>(*this, [&](const Walk& w, const Arrays& a) { walk(w, weights, a); });
   }
 
@@ -97,7 +95,7 @@ struct Backward : Call<C, X, T> {
           body(Strip{w, head, first, at_most(kWide, size - first), t, active, a.sums + w.member.index * rows * kWide});
         });
       };
-      if (in.proj) {
+      if (in.projects()) {
         for_all(output_strips, Q, [&](const Strip& s) { differentiate_outputs(s, a); });
         w.member.wait();
       }
@@ -119,7 +117,9 @@ struct Backward : Call<C, X, T> {
 
     OutputRow(const Backward& call, const Strip& s, int64_t row, const Arrays& a) : output(s.first) {
       const int64_t place = (s.head * call.rows + row) * call.Q_row + s.first, head = s.head_of_call();
-      const auto of = [&](const TokenData& y, int64_t t) { return call.template at<X>(y, s.run(row), t, head, s.first); };
+      const auto of = [&](const TokenData& y, int64_t t) {
+        return call.template at<X>(y, s.run(row), t, head, s.first);
+      };
       dh = of(call.p.dh, s.t), h = s.t > 0 ? of(call.p.h, s.t - 1) : a.first_h + place;
       operand = call.p.operand ? of(call.p.operand, s.t) : nullptr;
       total = call.p.dh_total ? of(call.p.dh_total, s.t) : nullptr;
@@ -167,12 +167,12 @@ struct Backward : Call<C, X, T> {
   // [adjoint]
   void differentiate_units(const Strip& s, const Weights& weights, const Arrays& a) const {
     const int64_t head = s.head_of_call();
-    if (in.proj)
+    if (in.projects())
       multiply_panel<T>({a.projected + s.head * rows * Q_row, Q_row, 1},
                         panel(weights.projecting, head * unit_strips + s.first / kWide, s.count), s.sums, kWide, s.rows,
                         s.count, Q);
     for (int64_t row = 0; row < s.rows; ++row) {
-      if (in.proj)
+      if (in.projects())
         differentiate_row<true>(s, row, a);
       else
         differentiate_row<false>(s, row, a);
@@ -187,9 +187,9 @@ struct Backward : Call<C, X, T> {
     X* const m = p.m ? of(p.m, s.t) : nullptr;
     T* const du = a.du[s.t % 2] + place * gates_row + s.first;
     A* const dc = a.dc + place * P_row + s.first;
-    const A* const c = s.t > 0 ? this->template at<A>(p.c, s.run(row), s.t - 1, head, s.first)
-                               : a.first_c + place * P_row + s.first;
-    const int64_t c_part = s.t > 0 ? p.c.c : P_room();
+    const A* const c =
+        s.t > 0 ? this->template at<A>(p.c, s.run(row), s.t - 1, head, s.first) : a.first_c + place * P_row + s.first;
+    const int64_t c_part = s.t > 0 ? p.c.c : P_room;
     const OutputRow outputs(*this, s, row, a);
     for_each_vector<A>(s.count, [&]<bool kWhole>(int64_t i, int lanes) {
       V x_t[kG], u_t[kG], dx_t[kG], du_t[kG], h{}, to_old{}, dm;
@@ -200,7 +200,7 @@ struct Backward : Call<C, X, T> {
       }
       for (int k = 0; k < kC; ++k) {
         c_t[k] = load_lanes<A, kWhole>(c + k * c_part + i, lanes);
-        dc_t[k] = load<A>(dc + k * P_room() + i);
+        dc_t[k] = load<A>(dc + k * P_room + i);
       }
       if constexpr (C::kReadsH) h = load_lanes<A, kWhole>(outputs.h + i, lanes);
       if constexpr (kProj)
@@ -213,7 +213,7 @@ struct Backward : Call<C, X, T> {
         store_lanes<A, kWhole>(du + g * P + i, C::kTwoSides ? du_t[g] : dx_t[g], lanes);
       }
       if constexpr (C::kTwoSides) store_lanes<A, kWhole>(du_last + i, du_t[kG - 1], lanes);
-      for (int k = 0; k < kC; ++k) store<A>(dc + k * P_room() + i, dc_t[k]);
+      for (int k = 0; k < kC; ++k) store<A>(dc + k * P_room + i, dc_t[k]);
       if constexpr (kProj) {
         if (m) store_lanes<A, kWhole>(m + i, C::step(x_t, u_t, h, c_t), lanes);
       } else if (direct) {
@@ -255,7 +255,7 @@ struct Backward : Call<C, X, T> {
   // What the next strip of tokens reads is on its way during the product: processors do not foresee rows that go back
   // in time.
   void prefetch(const Strip& s) const {
-    if (s.t == 0 || in.proj) return;
+    if (s.t == 0 || in.projects()) return;
     constexpr int64_t kLine = 64;
     const auto fetch = [&](const void* from, int64_t bytes) {
       for (int64_t byte = 0; byte < bytes; byte += kLine) prefetch_read(from, byte);
@@ -275,21 +275,22 @@ struct Backward : Call<C, X, T> {
 
   void pack_columns(const Panels<T>& panels, const Array& matrix, int64_t columns, int64_t strips) const {
     const int64_t k = panels.k;
-    parallel_for(0, in.heads * strips, ceil_div(kWorkOfThread, at_least(1, k * kWide)), [&](int64_t begin, int64_t end) {
-      const bool as_it_is = matrix.dtype == in.x.dtype;
-      Scratch scratch(as_it_is ? 0 : k * kWide * static_cast<int64_t>(sizeof(X)));
-      X* const converted = scratch.take<X>(0);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i % strips * kWide, n = at_most(kWide, columns - first);
-        const int64_t from = i / strips * k * columns + first;
-        if (as_it_is) {
-          pack_right<T>(static_cast<const X*>(matrix.data) + from, columns, 1, k, n, panels.at(i));
-        } else {
-          for (int64_t j = 0; j < k; ++j) load_array(matrix, from + j * columns, n, converted + j * n);
-          pack_right<T>(converted, n, 1, k, n, panels.at(i));
-        }
-      }
-    });
+    parallel_for(0, in.heads * strips, ceil_div(kWorkOfThread, at_least(1, k * kWide)),
+                 [&](int64_t begin, int64_t end) {
+                   const bool as_it_is = matrix.dtype == in.x.dtype;
+                   Scratch scratch(as_it_is ? 0 : k * kWide * static_cast<int64_t>(sizeof(X)));
+                   X* const converted = scratch.take<X>(0);
+                   for (int64_t i = begin; i < end; ++i) {
+                     const int64_t first = i % strips * kWide, n = at_most(kWide, columns - first);
+                     const int64_t from = i / strips * k * columns + first;
+                     if (as_it_is) {
+                       pack_right<T>(static_cast<const X*>(matrix.data) + from, columns, 1, k, n, panels.at(i));
+                     } else {
+                       for (int64_t j = 0; j < k; ++j) load_array(matrix, from + j * columns, n, converted + j * n);
+                       pack_right<T>(converted, n, 1, k, n, panels.at(i));
+                     }
+                   }
+                 });
   }
   // Panel i, of n columns: the last one of a head may be narrow.
   static Right<T> panel(const Panels<T>& panels, int64_t i, int64_t n) { return {panels.at(i), right_room<T>(1, n)}; }
@@ -318,14 +319,15 @@ struct Backward : Call<C, X, T> {
   // What the first tokens read.
   void load_first(const Walk& w, const Arrays& a) const {
     for_each_units(w, 0, w.tile.count, [&](const Run& run, int64_t head, int64_t first, int64_t count, int64_t place) {
-      this->load_carried(run, head, first, count, a.first_c + place, P_room());
+      this->load_carried(run, head, first, count, a.first_c + place, P_room);
     });
-    for_each_outputs(w, 0, w.tile.count, [&](const Run& run, int64_t head, int64_t first, int64_t count, int64_t place) {
-      A h[kWide];
-      this->load_hidden(run, head, first, count, h);
-      convert(h, 1, count, a.first_h + place);
-      if (in.drops()) this->load_factors(run, head, first, count, a.factors + place);
-    });
+    for_each_outputs(w, 0, w.tile.count,
+                     [&](const Run& run, int64_t head, int64_t first, int64_t count, int64_t place) {
+                       A h[kWide];
+                       this->load_hidden(run, head, first, count, h);
+                       convert(h, 1, count, a.first_h + place);
+                       if (in.drops()) this->load_factors(run, head, first, count, a.factors + place);
+                     });
   }
 
   // Gradients of what rows [begin, end) leave at their end.
@@ -333,7 +335,7 @@ struct Backward : Call<C, X, T> {
     if (begin == end) return;
     for_each_units(w, begin, end, [&](const Run& run, int64_t head, int64_t first, int64_t count, int64_t place) {
       for (int k = 0; k < kC; ++k) {
-        A* const dc = a.dc + k * P_room() + place;
+        A* const dc = a.dc + k * P_room + place;
         clear(dc, count);
         if (p.dfinal_c && run.final >= 0)
           this->load_state(p.dfinal_c, k * in.sequences.count + run.final, head, P, first, count, dc);
@@ -349,13 +351,14 @@ struct Backward : Call<C, X, T> {
     for_each_units(w, 0, w.tile.count, [&](const Run& run, int64_t head, int64_t first, int64_t count, int64_t place) {
       if (!p.dinitial_c || run.initial < 0) return;
       for (int k = 0; k < kC; ++k)
-        this->store_state(a.dc + k * P_room() + place, p.dinitial_c, k * in.sequences.count + run.initial, head, P,
-                          first, count);
+        this->store_state(a.dc + k * P_room + place, p.dinitial_c, k * in.sequences.count + run.initial, head, P, first,
+                          count);
     });
-    for_each_outputs(w, 0, w.tile.count, [&](const Run& run, int64_t head, int64_t first, int64_t count, int64_t place) {
-      if (p.dinitial_h && run.initial >= 0)
-        this->store_state(a.dh + place, p.dinitial_h, run.initial, head, Q, first, count);
-    });
+    for_each_outputs(w, 0, w.tile.count,
+                     [&](const Run& run, int64_t head, int64_t first, int64_t count, int64_t place) {
+                       if (p.dinitial_h && run.initial >= 0)
+                         this->store_state(a.dh + place, p.dinitial_h, run.initial, head, Q, first, count);
+                     });
   }
 };
 

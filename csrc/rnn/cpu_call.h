@@ -16,23 +16,6 @@
 namespace seqkern::rnn {
 namespace {
 
-// body.template operator()<C>() with a cell of vectors of A.
-template <class A, class Body>
-inline void visit_cell(Cell cell, const Body& body) {
-  using V = Vec<A>;
-  switch (cell) {
-    case Cell::kLstm:
-      return body.template operator()<Lstm<V>>();
-    case Cell::kGru:
-      return body.template operator()<Gru<V>>();
-    case Cell::kSlstm:
-      return body.template operator()<Slstm<V>>();
-    case Cell::kElmanTanh:
-      return body.template operator()<ElmanTanh<V>>();
-    case Cell::kElmanRelu:
-      return body.template operator()<ElmanRelu<V>>();
-  }
-}
 // body.template operator()<C>() with a cell of numbers V.
 template <class V, class Body>
 inline void visit_cell(Cell cell, const Body& body) {
@@ -164,6 +147,7 @@ struct Call {
   const int64_t heads = plan.team > 1 ? in.heads : 1;  // whose arrays lie together
   const int64_t rows = padded<T>(plan.rows);           // of arrays
   const int64_t P_row = round_up(P, kWide), Q_row = round_up(Q, kWide);
+  const int64_t P_room = heads * rows * P_row, Q_room = heads * rows * Q_row;  // of arrays
   const int64_t strips = ceil_div(P, kStrip);
   const int64_t output_strip = in.projects() ? kWide : kStrip, output_strips = ceil_div(Q, output_strip);
 

@@ -12,7 +12,8 @@ namespace {
 template <class C, class X, class T>
 struct Forward : Call<C, X, T> {
   using Base = Call<C, X, T>;
-  using Base::in, Base::P, Base::Q, Base::P_row, Base::Q_row, Base::heads, Base::rows, Base::strips;
+  using Base::in, Base::P, Base::Q, Base::P_row, Base::Q_row, Base::P_room, Base::Q_room, Base::heads, Base::rows,
+      Base::strips;
   using Base::kG, Base::kC, Base::kWide, Base::kStrip;
   using typename Base::A, typename Base::V, typename Base::Carried;
 
@@ -44,20 +45,17 @@ struct Forward : Call<C, X, T> {
 
     template <class Take>
     void allocate(const Forward& call, const Take& take) {
-      h = take(call.Q_room()), c = take(kC * call.P_room());
-      if (call.in.drops()) factors = take(call.Q_room());
-      operand[0] = Base::take_operands(take, call.Q_room());
-      operand[1] = Base::take_operands(take, call.in.projects() ? call.P_room() : call.Q_room());
+      h = take(call.Q_room), c = take(kC * call.P_room);
+      if (call.in.drops()) factors = take(call.Q_room);
+      operand[0] = Base::take_operands(take, call.Q_room);
+      operand[1] = Base::take_operands(take, call.in.projects() ? call.P_room : call.Q_room);
       sums = take(call.plan.team * call.rows * kWide);
     }
     void clear(const Forward& call) {  // paddings that products read
-      __builtin_memset(operand[0], 0, call.Q_room() * sizeof(T));
-      __builtin_memset(operand[1], 0, (call.in.projects() ? call.P_room() : call.Q_room()) * sizeof(T));
+      __builtin_memset(operand[0], 0, call.Q_room * sizeof(T));
+      __builtin_memset(operand[1], 0, (call.in.projects() ? call.P_room : call.Q_room) * sizeof(T));
     }
   };
-  int64_t P_room() const { return heads * rows * P_row; }
-  int64_t Q_room() const { return heads * rows * Q_row; }
-
   void run() const {
     const InScratch<A, Weights> weights(*this);
     this->pack_recurrent(weights.recurrent);
@@ -142,10 +140,10 @@ struct Forward : Call<C, X, T> {
       }
       Carried c;
       A* const c_place = a.c + place * P_row + unit;
-      for (int k = 0; k < kC; ++k) c[k] = load<A>(c_place + k * P_room());
+      for (int k = 0; k < kC; ++k) c[k] = load<A>(c_place + k * P_room);
       const V h = C::kReadsH ? load<A>(a.h + place * Q_row + unit) : V{};
       const V m = C::step(x_t, u_t, h, c);
-      for (int k = 0; k < kC; ++k) store<A>(c_place + k * P_room(), c[k]);
+      for (int k = 0; k < kC; ++k) store<A>(c_place + k * P_room, c[k]);
       if (kC > 0 && p.c) {
         A* const to = this->template at<A>(p.c, run, s.t, head, unit);
         for (int k = 0; k < kC; ++k) store_lanes<A, kWhole>(to + k * p.c.c, c[k], lanes);
@@ -194,7 +192,7 @@ struct Forward : Call<C, X, T> {
       this->for_each_strip(w, strips, [&](int64_t head, int64_t strip) {
         const int64_t first = strip * kStrip;
         this->load_carried(run, w.head + head, first, at_most(kStrip, P - first),
-                           a.c + (head * rows + row) * P_row + first, P_room());
+                           a.c + (head * rows + row) * P_row + first, P_room);
       });
       this->for_each_strip(w, this->output_strips, [&](int64_t head, int64_t strip) {
         const int64_t first = strip * of_outputs, count = at_most(of_outputs, Q - first);
@@ -218,7 +216,7 @@ struct Forward : Call<C, X, T> {
       this->for_each_strip(w, p.final_c ? strips : 0, [&](int64_t head, int64_t strip) {
         const int64_t first = strip * kStrip;
         for (int k = 0; k < kC; ++k)
-          this->store_state(a.c + k * P_room() + (head * rows + row) * P_row + first, p.final_c,
+          this->store_state(a.c + k * P_room + (head * rows + row) * P_row + first, p.final_c,
                             k * in.sequences.count + run.final, w.head + head, P, first, at_most(kStrip, P - first));
       });
       this->for_each_strip(w, p.final_h ? this->output_strips : 0, [&](int64_t head, int64_t strip) {

@@ -12,6 +12,32 @@
 namespace seqkern::rnn {
 namespace {
 
+// Of `count` rows of `size` elements, at most as many as there are lanes, the products with each of kCount vectors x,
+// x_row apart. Those with one vector lie to_row from those with the next.
+template <int kCount, class X, class A>
+[[gnu::noinline]] inline void multiply_lanes(const X* rows, int64_t count, int64_t size, const A* x, int64_t x_row,
+                                             A* to, int64_t to_row) {
+  using V = Vec<A>;
+  constexpr int kRows = kLanes<A> < 8 / kCount ? kLanes<A> : kCount == 1 ? 8 : 4;  // enough sums to hide latency
+  V sums[kCount][kLanes<A>] = {};
+  for (int64_t i = 0; i < count; i += kRows) {
+    const X* row[kRows];
+    for (int r = 0; r < kRows; ++r) row[r] = rows + at_most(i + r, count - 1) * size;
+    V sum[kCount][kRows] = {};
+    for_each_vector<A>(size, [&]<bool kWhole>(int64_t q, int lanes) {
+      V of_row[kRows];
+      for (int r = 0; r < kRows; ++r) of_row[r] = load_lanes<A, kWhole>(row[r] + q, lanes);
+      for (int j = 0; j < kCount; ++j) {
+        const V x_j = load_lanes<A, kWhole>(x + j * x_row + q, lanes);
+        for (int r = 0; r < kRows; ++r) sum[j][r] = madd(of_row[r], x_j, sum[j][r]);
+      }
+    });
+    for (int j = 0; j < kCount; ++j)
+      for (int r = 0; r < kRows; ++r) sums[j][i + r] = sum[j][r];
+  }
+  for (int j = 0; j < kCount; ++j) store<A>(to + j * to_row, sums_of_lanes<A>(sums[j]));
+}
+
 // C is a cell of vectors, X the element type of x, which weights are read as.
 template <class C, class X>
 struct Step {
@@ -24,18 +50,19 @@ struct Step {
   static constexpr int kBatch = kLanes<float> == 16 ? 4 : 2;  // batch rows whose sums stay in registers
 
   const StepParams& p;
+  const bool projects = p.proj || p.outputs != p.units;
   const int64_t unit_row = round_up(p.units, kStrip), output_row = round_up(p.outputs, kStrip);  // of m and before
 
   void run() const {
     const int64_t batch_heads = p.batch * p.heads;
     Scratch scratch((batch_heads * (unit_row + output_row) + kStrip) * static_cast<int64_t>(sizeof(A)));
     A* const before = scratch.take<A>(batch_heads * output_row);        // (B, H, output_row): h_{t-1}
-    A* const m = scratch.take<A>(p.proj ? batch_heads * unit_row : 0);  // (B, H, unit_row)
+    A* const m = scratch.take<A>(projects ? batch_heads * unit_row : 0);  // (B, H, unit_row)
     parallel_for(0, batch_heads, kGrain / at_least(1, p.outputs) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) load_h(i / p.heads, i % p.heads, before + i * output_row);
     });
     for_all_strips(p.units, kG * p.outputs, [&](int64_t head, int64_t first) { advance(head, first, before, m); });
-    if (!p.proj) return;
+    if (!projects) return;
     for_all_strips(p.outputs, p.units, [&](int64_t head, int64_t first) { project(head, first, before, m); });
   }
 
@@ -80,7 +107,7 @@ struct Step {
                    A* m, Strip& s) const {
     const int64_t row = state_row(p, b);
     if (row < 0) {
-      if (!p.proj) finish(b, head, first, count, row, before, s.state[0]);
+      if (!projects) finish(b, head, first, count, row, before, s.state[0]);
       return;
     }
     for (int g = 0; g < kG; ++g) load_strided(p.x, b * p.x.b + head * p.x.h + g * p.x.g + first, 1, count, s.x[g]);
@@ -95,7 +122,7 @@ struct Step {
       put_state(c, j, s);
     }
     for (int i = 1; i < kStates; ++i) store_part(s.state[i], p.state[i], row, head, first, count);
-    if (p.proj)
+    if (projects)
       copy(s.state[0], kStrip, m + first);
     else
       finish(b, head, first, count, row, before, s.state[0]);
@@ -140,38 +167,18 @@ struct Step {
   // Of a matrix with rows of `size` elements, the rows [first, first + count), times each of kCount vectors x, x_row
   // apart. Products with one vector lie to_row from those with the next.
   template <int kCount>
-  static void multiply_rows(const Array& matrix, int64_t first, int64_t count, int64_t size, const A* x, int64_t x_row,
-                            A* to, int64_t to_row) {
-    visit_dtype(matrix.dtype, [&]<class T>() {
-      const T* const rows = static_cast<const T*>(matrix.data) + first * size;
-      for (int64_t i = 0; i < count; i += kLanes<A>)
-        multiply_lanes<kCount>(rows + i * size, at_most(kLanes<A>, count - i), size, x, x_row, to + i, to_row);
-    });
-  }
-  template <int kCount, class T>
-  [[gnu::noinline]] static void multiply_lanes(const T* rows, int64_t count, int64_t size, const A* x, int64_t x_row,
-                                               A* to, int64_t to_row) {
-    constexpr int kRows = kLanes<A> < 8 / kCount ? kLanes<A> : kCount == 1 ? 8 : 4;  // enough sums to hide latency
-    V sums[kCount][kLanes<A>] = {};
-    for (int64_t i = 0; i < count; i += kRows) {
-      const T* row[kRows];
-      for (int r = 0; r < kRows; ++r) row[r] = rows + at_most(i + r, count - 1) * size;
-      V sum[kCount][kRows] = {};
-      const auto add = [&](int64_t q, const auto& load_part) {
-        V of_row[kRows];
-        for (int r = 0; r < kRows; ++r) of_row[r] = load_part(row[r] + q);
-        for (int j = 0; j < kCount; ++j) {
-          const V x_j = load_part(x + j * x_row + q);
-          for (int r = 0; r < kRows; ++r) sum[j][r] = madd(of_row[r], x_j, sum[j][r]);
-        }
-      };
-      int64_t q = 0;
-      for (; q + kLanes<A> <= size; q += kLanes<A>) add(q, [](const auto* from) { return load<A>(from); });
-      if (q < size) add(q, [&](const auto* from) { return load<A>(from, static_cast<int>(size - q)); });
-      for (int j = 0; j < kCount; ++j)
-        for (int r = 0; r < kRows; ++r) sums[j][i + r] = sum[j][r];
+  void multiply_rows(const Array& matrix, int64_t first, int64_t count, int64_t size, const A* x, int64_t x_row, A* to,
+                     int64_t to_row) const {
+    const bool as_it_is = matrix.dtype == p.x.dtype;
+    Scratch scratch(as_it_is ? 0 : count * size * static_cast<int64_t>(sizeof(X)));
+    const X* rows = static_cast<const X*>(matrix.data) + first * size;
+    if (!as_it_is) {
+      X* const converted = scratch.take<X>(count * size);
+      load_array(matrix, first * size, count * size, converted);
+      rows = converted;
     }
-    for (int j = 0; j < kCount; ++j) store<A>(to + j * to_row, sums_of_lanes<A>(sums[j]));
+    for (int64_t i = 0; i < count; i += kLanes<A>)
+      multiply_lanes<kCount>(rows + i * size, at_most(kLanes<A>, count - i), size, x, x_row, to + i, to_row);
   }
 
   // ---- states
@@ -205,6 +212,11 @@ struct Step {
 
   static constexpr int64_t kGrain = 1 << 16;  // products worth another thread
 };
+
+inline void step_tokens(const StepParams& p) {
+  visit_dtype(p.x.dtype,
+              [&]<class X>() { visit_cell<Vec<Accumulator<X>>>(p.cell, [&]<class C>() { Step<C, X>{p}.run(); }); });
+}
 
 }  // namespace
 }  // namespace seqkern::rnn

@@ -9,17 +9,17 @@ namespace {
 
 // Chunks of R^T (H, Q, G P), whose depth is padded to whole strips of P: elements k, k + 1.. of the rows of a thread's
 // units.
-template <typename T>
+template <typename T, int kGates>
 struct RowsOfTransposedR {
   const Inputs& in;
   const Place& place;
   int padded;  // units of a gate
 
   __device__ __forceinline__ void operator()(int, int k, Chunk (&chunks)[2]) const {
-    const int gate = k / padded, first = k % padded, gates = in.sizes().gates;
-    const int exist = gate < gates ? static_cast<int>(clamp(in.units - first, 0, kPerChunk<T>)) : 0;
+    const int gate = k / padded, first = k % padded;
+    const int exist = gate < kGates ? static_cast<int>(clamp(in.units - first, 0, kPerChunk<T>)) : 0;
     visit(ArrayFor<float>{in.R}, [&](const auto* R) {
-      const auto* from = R + ((place.head * gates + gate) * in.units + first) * in.outputs + place.unit;
+      const auto* from = R + ((int64_t{place.head} * kGates + gate) * in.units + first) * in.outputs + place.unit;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         Vector<T, kPerChunk<T>> elements;
@@ -42,11 +42,15 @@ struct Ring {
 
   const BwdParams& p;
   const Place& place;
+  const Shared<T>& shared;
   int ahead;  // 1, 2 or 4 tokens
-  Chunk* memory;
+  bool paired;
+  Track<T, GateData> x{p.x, place, shared.begins[0]}, u{p.u, place, shared.begins[1]};
+  Track<T, TokenData> dh_t{p.dh, place, shared.begins[2]}, h{p.h, place, shared.begins[3]};
+  Track<float, CarriedData> c{p.c, place, shared.begins[4]};
 
-  __device__ __forceinline__ void fetch(int64_t i) const {
-#pragma unroll
+  __device__ __forceinline__ void fetch(int i) const {
+#pragma unroll 1
     for (int j = 0; j < 2; ++j) {
       if (i >= 0 && i < place.rows[j].tokens) fetch(i, j);
     }
@@ -62,49 +66,52 @@ struct Ring {
       wait_copies<3>();
   }
 
-  // Of unit e of row j.
-  __device__ __forceinline__ void take(float (&x)[kGates], float (&u)[kGates], float& h, float (&c)[kNumbers<kCell>],
-                                       int64_t i, int j, int e) const {
+  // Of row j, and of unit e of it.
+  __device__ __forceinline__ void take_h(float (&h)[2], int i, int j) const {
+    const Pair<T> taken = *pair(i, j, kH);
+    h[0] = to<float>(taken[0]), h[1] = to<float>(taken[1]);
+  }
+  __device__ __forceinline__ void take(float (&x)[kGates], float (&u)[kGates], float (&c)[kNumbers<kCell>], int i,
+                                       int j, int e) const {
 #pragma unroll
     for (int g = 0; g < kGates; ++g) {
       x[g] = to<float>((*pair(i, j, kX + g))[e]);
       u[g] = to<float>((*pair(i, j, kU + g))[e]);
     }
-    h = to<float>((*pair(i, j, kH))[e]);
 #pragma unroll
     for (int number = 0; number < kCarried; ++number) c[number] = (*carried(i, j, number))[e];
   }
-  __device__ __forceinline__ float dh(int64_t i, int j, int e) const { return to<float>((*pair(i, j, kDh))[e]); }
+  __device__ __forceinline__ float dh(int i, int j, int e) const { return to<float>((*pair(i, j, kDh))[e]); }
 
  private:
   template <typename U>
-  __device__ __forceinline__ Pair<U>* at(int64_t i, int j, int bytes) const {
-    const int token = static_cast<int>(i) & (ahead - 1);
-    auto* const of_block = reinterpret_cast<unsigned char*>(memory) + ((token * 2 + j) * kBytes + bytes) * blockDim.x;
+  __device__ __forceinline__ Pair<U>* at(int i, int j, int bytes) const {
+    const int token = (i & (ahead - 1));
+    auto* const of_block =
+        reinterpret_cast<unsigned char*>(shared.ring) + ((token * 2 + j) * kBytes + bytes) * blockDim.x;
     return reinterpret_cast<Pair<U>*>(of_block) + threadIdx.x;
   }
-  __device__ __forceinline__ Pair<T>* pair(int64_t i, int j, int which) const {
+  __device__ __forceinline__ Pair<T>* pair(int i, int j, int which) const {
     return at<T>(i, j, which * sizeof(Pair<T>));
   }
-  __device__ __forceinline__ Pair<float>* carried(int64_t i, int j, int number) const {
+  __device__ __forceinline__ Pair<float>* carried(int i, int j, int number) const {
     return at<float>(i, j, kPairs * sizeof(Pair<T>) + number * sizeof(Pair<float>));
   }
 
-  __device__ __forceinline__ void fetch(int64_t i, int j) const {
-    const Track<T> x(p.x, place, p.x.g), u(p.u, place, p.u.g), dh(p.dh, place);
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      x.fetch(pair(i, j, kX + g), x.token(j, i, g * p.x.g));
-      u.fetch(pair(i, j, kU + g), u.token(j, i, g * p.u.g));
+  __device__ __forceinline__ void fetch(int i, int j) const {
+    const T *from_x = x.at(j, i), *from_u = u.at(j, i);
+#pragma unroll 1
+    for (int g = 0; g < kGates; ++g, from_x += p.x.g, from_u += p.u.g) {
+      fetch_pair(pair(i, j, kX + g), from_x, place.exist, paired);
+      fetch_pair(pair(i, j, kU + g), from_u, place.exist, paired);
     }
-    dh.fetch(pair(i, j, kDh), dh.token(j, i));
+    fetch_pair(pair(i, j, kDh), dh_t.at(j, i), place.exist, paired);
     if (i > 0) {
-      const Track<T> h(p.h, place);
-      const Track<float> c(p.c, place, p.c.c);
-      h.fetch(pair(i, j, kH), h.token(j, i - 1));
+      fetch_pair(pair(i, j, kH), h.at(j, i - 1), place.exist, paired);
+      const float* from_c = c.at(j, i - 1);
 #pragma unroll
-      for (int number = 0; number < kCarried; ++number)
-        c.fetch(carried(i, j, number), c.token(j, i - 1, number * p.c.c));
+      for (int number = 0; number < kCarried; ++number, from_c += p.c.c)
+        fetch_pair(carried(i, j, number), from_c, place.exist, paired);
     } else {
       State<kCell> state;
       state.begin(p, place, j);
@@ -129,84 +136,91 @@ template <int kCell, typename T, int kMostWarps>
 __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     bwd_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ Fused fused) {
   using Cell = CellOf<kCell>;
-  using Rows = RowsOfTransposedR<T>;
   constexpr int kGates = Cell::kGates, kNumbersOfC = kNumbers<kCell>, kChains = 4;
   constexpr int kHeld = held_blocks_bwd(kGates, sizeof(T), kMostWarps);
-  const Place place(p, fused);
+  constexpr int kMost = most_blocks_bwd(kGates, sizeof(T), kMostWarps);
   const Shared<T> shared(fused);
+  const Place place(p, fused, shared.rows);
   const int padded = fused.warps * kStrip;
-  const Stationary<T, 1, kHeld> transposed_R(fused, shared.ring, shared.rest, Rows{p, place, padded});
-  shared.operand[0].clear(), shared.operand[1].clear();
+  Stationary<T, 1, kHeld, (kHeld < kMost)> transposed_R(fused, shared.ring, shared.rest,
+                                                        RowsOfTransposedR<T, kGates>{p, place, padded});
+  shared.operand(0).clear(), shared.operand(1).clear();
 
+  const auto *dfinal_h = static_cast<const float*>(p.dfinal_h.data),
+             *dfinal_c = static_cast<const float*>(p.dfinal_c.data);
   State<kCell> gradient[2];  // of h_t and c_t: what later tokens send, and of the final state
-  float scale[2][2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
     gradient[j] = {};
-    gradient[j].load(p.dfinal_h, p.dfinal_c, p, place, j);
-    dropout_scale(scale[j], p, place, j);
+    gradient[j].load(dfinal_h, dfinal_c, p, place, j);
   }
+  const uint32_t never_read = dropped(p, place);  // of h, by products
+  const float scale = dropout_scale(p), share = zoneout_share(p);
+  const bool paired = cuda::paired<T>(p.x, p.x.g) && cuda::paired<T>(p.u, p.u.g) && cuda::paired<T>(p.dh) &&
+                      cuda::paired<T>(p.h) && cuda::paired<float>(p.c, p.c.c) && cuda::paired<T>(p.dx, p.dx.g) &&
+                      cuda::paired<T>(p.du_last) && cuda::paired<T>(p.operand);
+  const Ring<kCell, T> ring{p, place, shared, fused.ahead, paired};
+  const Track<T, GateData> dx_t(p.dx, place, shared.begins[5]);
+  const Track<T, TokenData> du_last(p.du_last, place, shared.begins[6]), operand(p.operand, place, shared.begins[7]);
   __syncthreads();
-  const Ring<kCell, T> ring{p, place, fused.ahead, shared.ring};
 #pragma unroll 1
-  for (int i = 1; i <= fused.ahead; ++i) ring.fetch(place.longest - i);
-
-#pragma unroll 1
-  for (int64_t i = place.longest - 1; i >= 0; --i) {
-    ring.wait();
+  for (int i = place.longest - 1 + fused.ahead; i >= 0; --i) {
+    const bool first_copies = i >= place.longest;
     float direct[2][2];  // to h_{t-1}, beside the product
     bool anew[2];
+    if (!first_copies) {
+      ring.wait();
+      const uint32_t stays = kept(p, place, i);  // of h
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {  // [adjoint]
-      if (i >= place.rows[j].tokens) continue;
-      anew[j] = starts_anew(p, place, j, i);
-      float share[2] = {0.0f, 0.0f}, h[2], dx[2][kGates], du[2][kGates];
-      if (p.zones()) zoneout_share(share, p, place, j, i);
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        float x[kGates], u[kGates], c[kNumbersOfC] = {};
-        ring.take(x, u, h[e], c, i, j, e);
-        if (anew[j]) h[e] = 0.0f, Cell::empty(c);
-        const float dh = gradient[j].h[e] + ring.dh(i, j, e);
-        const float sent = with_cell<kCell>(p.cell, [&](auto cell) {
-          return cell.adjoint(x, u, h[e], c, zoned(share[e], 0.0f, dh), gradient[j].c[e], dx[e], du[e]);
-        });
-        direct[j][e] = sent + zoned(share[e], dh, 0.0f);
-#pragma unroll
-        for (int number = 0; number < kNumbersOfC; ++number) {
-          if (anew[j]) gradient[j].c[e][number] = 0.0f;
+      for (int j = 0; j < 2; ++j) {  // [adjoint]
+        if (i >= place.rows[j].tokens) continue;
+        anew[j] = starts_anew(p, place, j, i);
+        float h[2], dx[2][kGates], du[2][kGates];
+        ring.take_h(h, i, j);
+        if (anew[j]) h[0] = h[1] = 0.0f;
+        if (p.operand) {
+          const auto read = [&](int e) { return happened(never_read, e, j) ? 0.0f : h[e] * scale; };
+          put_pair(operand.at(j, i), read(0), read(1), place.exist, paired);
         }
-      }
-      const Track<T> to_dx(p.dx, place, p.dx.g);
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) {
-        to_dx.put(to_dx.token(j, i, g * p.dx.g), dx[0][g], dx[1][g]);
-        const auto& of_u = Cell::kTwoSides ? du : dx;
-        shared.operand[i % 2].put(place.row + j, g * padded + place.unit, of_u[0][g], of_u[1][g]);
-      }
-      if (Cell::kTwoSides && p.du_last) {
-        const Track<T> to_du(p.du_last, place);
-        to_du.put(to_du.token(j, i), du[0][kGates - 1], du[1][kGates - 1]);
-      }
-      if (p.operand) {
-        const Track<T> to_operand(p.operand, place);
-        to_operand.put(to_operand.token(j, i), h[0] * scale[j][0], h[1] * scale[j][1]);
+        for (int e = 0; e < 2; ++e) {
+          float x[kGates], u[kGates], c[kNumbersOfC] = {};
+          ring.take(x, u, c, i, j, e);
+          if (anew[j]) Cell::empty(c);
+          const float dh = gradient[j].h[e] + ring.dh(i, j, e);
+          const float dm = happened(stays, e, j) ? 0.0f : (1.0f - share) * dh;
+          direct[j][e] = happened(stays, e, j) ? dh : share > 0.0f ? share * dh : 0.0f;
+          direct[j][e] += with_cell<kCell>(
+              p.cell, [&](auto cell) { return cell.adjoint(x, u, h[e], c, dm, gradient[j].c[e], dx[e], du[e]); });
+#pragma unroll
+          for (int number = 0; number < kNumbersOfC; ++number) {
+            if (anew[j]) gradient[j].c[e][number] = 0.0f;
+          }
+        }
+        T* to = dx_t.at(j, i);
+#pragma unroll
+        for (int g = 0; g < kGates; ++g, to += p.dx.g) {
+          const auto& of_u = Cell::kTwoSides ? du : dx;
+          put_pair(to, dx[0][g], dx[1][g], place.exist, paired);
+          shared.operand(i).put(place.row + j, g * padded + place.unit, of_u[0][g], of_u[1][g]);
+        }
+        if (Cell::kTwoSides && p.du_last)
+          put_pair(du_last.at(j, i), du[0][kGates - 1], du[1][kGates - 1], place.exist, paired);
       }
     }
     ring.fetch(i - fused.ahead);
+    if (first_copies) continue;
     __syncthreads();
 
     float sum[1][kChains][4] = {};  // [return]
-    transposed_R.template multiply<kChains>(sum, shared.operand[i % 2]);
+    transposed_R.template multiply<kChains>(sum, shared.operand(i));
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (i >= place.rows[j].tokens) continue;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float product = 0.0f;
-#pragma unroll
-        for (int chain = 0; chain < kChains; ++chain) product += sum[0][chain][2 * e + j];
-        const float sent = anew[j] ? 0.0f : fmaf(product, scale[j][e], direct[j][e]);
+        const float returned = happened(never_read, e, j) ? 0.0f : sum_of(sum[0], e, j) * scale;
+        const float sent = anew[j] ? 0.0f : direct[j][e] + returned;
         gradient[j].h[e] = p.grad_clip < 0 ? sent : clamped(sent, static_cast<float>(p.grad_clip));
       }
     }

@@ -21,7 +21,7 @@ struct RowsOfR {
   __device__ __forceinline__ void operator()(int gate, int k, Chunk (&chunks)[2]) const {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int64_t row = (place.head * kGates + gate) * in.units + place.unit + e;
+      const int64_t row = (int64_t{place.head} * kGates + gate) * in.units + place.unit + e;
       const int exist = e < place.exist ? static_cast<int>(clamp(in.outputs - k, 0, kPerChunk<T>)) : 0;
       Vector<T, kPerChunk<T>> elements{};
       if (aligned && exist > 0) {
@@ -52,16 +52,18 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   using Cell = CellOf<kCell>;
   constexpr int kGates = Cell::kGates, kChains = kGates == 1 ? 4 : 1;
   constexpr int kHeld = held_blocks(kGates, sizeof(T), kMostWarps);
-  const Place place(p, fused);
+  constexpr int kMost = most_blocks(sizeof(T), kMostWarps);
   const Shared<T> shared(fused);
-  Stationary<T, kGates, kHeld> R(fused, shared.ring, shared.rest, RowsOfR<T, kGates>(p, place));
+  const Place place(p, fused, shared.rows);
+  Stationary<T, kGates, kHeld, (kHeld < kMost)> R(fused, shared.ring, shared.rest, RowsOfR<T, kGates>(p, place));
   shared.operand(0).clear(), shared.operand(1).clear();
   shared.take_bias(p, place.head, kGates);
 
   const bool paired = cuda::paired<T>(p.x, p.x.g) && cuda::paired<T>(p.h) && cuda::paired<T>(p.u, p.u.g) &&
                       cuda::paired<float>(p.c, p.c.c);
-  Track<T> x(p.x, place, 0), h(p.h, place, 0), u(p.u, place, 0);
-  Track<float> c(p.c, place, 0);
+  const Track<T, GateData> x(p.x, place, shared.begins[0]), u(p.u, place, shared.begins[1]);
+  const Track<T, TokenData> h(p.h, place, shared.begins[2]);
+  const Track<float, CarriedData> c(p.c, place, shared.begins[3]);
 
   // x of token `i` goes into this thread's own places: nobody waits for anybody.
   auto* const ring = reinterpret_cast<Pair<T>*>(shared.ring) + threadIdx.x;
@@ -71,26 +73,23 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     for (int j = 0; j < 2; ++j) {
       if (i >= place.rows[j].tokens) continue;
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) fetch_pair(slot(i, j, g), x.of_row(j, g * p.x.g), place.exist, paired);
+      for (int g = 0; g < kGates; ++g) fetch_pair(slot(i, j, g), x.at(j, i, g * p.x.g), place.exist, paired);
     }
-    x.move(p.x, place.direction);
     commit_copies();
   };
 
   State<kCell> state[2];
-  float scale[2][2];
+  state[0].begin(p, place, 0), state[1].begin(p, place, 1);
+  const uint32_t unseen = dropped(p, place);
+  const float scale = dropout_scale(p), share = zoneout_share(p);
   // The state that token `i` is to see, and what its product reads.
   const auto hand_on = [&](int i, int j) {
     if (i < place.rows[j].tokens && starts_anew(p, place, j, i)) state[j].clear();
-    shared.operand(i).put(place.row + j, place.unit, state[j].h[0] * scale[j][0], state[j].h[1] * scale[j][1]);
+    const auto seen = [&](int e) { return happened(unseen, e, j) ? 0.0f : state[j].h[e] * scale; };
+    shared.operand(i).put(place.row + j, place.unit, seen(0), seen(1));
   };
   __syncthreads();
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    state[j].begin(p, place, j);
-    dropout_scale(scale[j], p, place, j);
-    hand_on(0, j);
-  }
+  hand_on(0, 0), hand_on(0, 1);
 #pragma unroll 1
   for (int i = 0; i < kAhead; ++i) fetch(i);
   __syncthreads();
@@ -101,12 +100,12 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     shared.begin_sums(sum, place);
     R.template multiply<kChains>(sum, shared.operand(i));
     wait_copies<kAhead - 1>();
+    const uint32_t old = kept(p, place, i);
 
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const bool exists = i < place.rows[j].tokens;
-      float u_t[2][kGates], share[2] = {0.0f, 0.0f};
-      if (p.zones() && exists) zoneout_share(share, p, place, j, i);
+      float u_t[2][kGates];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float x_t[kGates], c_t[kNumbers<kCell>];
@@ -121,27 +120,26 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
           return decltype(cell)::step(x_t, u_t[e], state[j].h[e], c_t);
         });
         if (exists) {
-          state[j].h[e] = zoned(share[e], state[j].h[e], h_t);
+          state[j].h[e] = happened(old, e, j) ? state[j].h[e] : share > 0.0f ? fmaf(share, state[j].h[e] - h_t, h_t) : h_t;
 #pragma unroll
           for (int number = 0; number < kNumbers<kCell>; ++number) state[j].c[e][number] = c_t[number];
         }
       }
       if (exists) {
-        put_pair(h.of_row(j), state[j].h[0], state[j].h[1], place.exist, paired);
+        put_pair(h.at(j, i), state[j].h[0], state[j].h[1], place.exist, paired);
         if (p.u) {
 #pragma unroll
-          for (int g = 0; g < kGates; ++g) put_pair(u.of_row(j, g * p.u.g), u_t[0][g], u_t[1][g], place.exist, paired);
+          for (int g = 0; g < kGates; ++g) put_pair(u.at(j, i, g * p.u.g), u_t[0][g], u_t[1][g], place.exist, paired);
         }
         if (p.c) {
           state[j].each_number([&](int number, const float(&pair)[2]) {
-            put_pair(c.of_row(j, number * p.c.c), pair[0], pair[1], place.exist, paired);
+            put_pair(c.at(j, i, number * p.c.c), pair[0], pair[1], place.exist, paired);
           });
         }
       }
       hand_on(i + 1, j);
     }
     fetch(i + kAhead);
-    h.move(p.h, place.direction), u.move(p.u, place.direction), c.move(p.c, place.direction);
     __syncthreads();
   }
 

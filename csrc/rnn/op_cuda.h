@@ -23,10 +23,13 @@ class Products {
   }
   Array array(const Tensor& t) const { return {t.data_ptr(), call_.in.x.dtype}; }
 
-  // left (H, B, depth) by right (H, depth, columns). `out` tells where it is, and the result keeps it alive.
+  // left (H, B, depth) by right (H, depth, columns), or room for it. `out` tells where it is, and the result keeps it
+  // alive.
   Tensor of(const Tensor& left, const Tensor& right, Array& out) const {
-    const Tensor product = call_.in.batch_invariant ? room(right.size(2)) : torch::stable::matmul(left, right);
-    out = array(product);
+    const bool own = call_.in.batch_invariant;
+    const Tensor product = own ? empty(left, {left.size(0), left.size(1), right.size(2)}, call_.state_type())
+                               : torch::stable::matmul(left, right);
+    out = {product.data_ptr(), own ? call_.in.accumulator : call_.in.x.dtype};
     return product;
   }
 

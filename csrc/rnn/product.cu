@@ -11,30 +11,19 @@ namespace {
 using Side = ProductParams::Side;
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
+// What a block makes: products of a token have few rows, so that small tiles make more blocks.
+constexpr int kSize = 32;  // rows and columns
+template <typename T>
+constexpr int kDepth = 128 / static_cast<int>(sizeof(T));
 constexpr int kStages = 4;  // pieces of the depth that are in shared memory or on their way to it
 
-// What a block makes: products of a token have few rows, so that small tiles make more blocks; sums over tokens are as
-// large as the weights.
-template <typename T, bool kLeftTransposed>
-struct Tile {
-  static constexpr int kSize = kLeftTransposed ? 64 : 32;  // rows and columns
-  static constexpr int kDepth = (kLeftTransposed ? 64 : 128) / static_cast<int>(sizeof(T));
-};
-
-template <typename T, int kSize, int kDepth, bool kTransposed>
-struct SideTile {
-  using Type = Matrix<T, kSize, kDepth>;
-};
-template <typename T, int kSize, int kDepth>
-struct SideTile<T, kSize, kDepth, true> {
-  using Type = Matrix<T, kDepth, kSize>;
-};
+template <typename T, bool kLinesAreDepth>
+using SideTile = Matrix<T, kLinesAreDepth ? kDepth<T> : kSize, kLinesAreDepth ? kSize : kDepth<T>>;
 
 template <typename T, bool kLeftTransposed, bool kRightTransposed>
 struct Stage {
-  using Cut = Tile<T, kLeftTransposed>;
-  typename SideTile<T, Cut::kSize, Cut::kDepth, kLeftTransposed>::Type left;
-  typename SideTile<T, Cut::kSize, Cut::kDepth, !kRightTransposed>::Type right;
+  SideTile<T, kLeftTransposed> left;
+  SideTile<T, !kRightTransposed> right;
 };
 
 // A side of one head, as its pieces are taken.
@@ -95,20 +84,19 @@ struct Source {
 // limits   heads x tiles < 2^31 blocks
 template <typename T, bool kLeftTransposed, bool kRightTransposed>
 __global__ void __launch_bounds__(kThreads, 4) multiply_kernel(const __grid_constant__ ProductParams p) {
-  using Cut = Tile<T, kLeftTransposed>;
   using Slot = Stage<T, kLeftTransposed, kRightTransposed>;
   auto& slots = shared_memory<Slot[kStages]>();
-  const int64_t across = (p.columns + Cut::kSize - 1) / Cut::kSize, down = (p.rows + Cut::kSize - 1) / Cut::kSize;
+  const int64_t across = (p.columns + kSize - 1) / kSize, down = (p.rows + kSize - 1) / kSize;
   const auto [tile, tile_column] = divide(blockIdx.x, across);
   const auto [head, tile_row] = divide(tile, down);
-  const int64_t row = tile_row * Cut::kSize, column = tile_column * Cut::kSize;
+  const int64_t row = tile_row * kSize, column = tile_column * kSize;
 
   const Source<T> left(p, p.left, head, kLeftTransposed ? p.depth : p.rows, kLeftTransposed ? p.rows : p.depth,
                        p.line_indices);
   const Source<T> right(p, p.right, head, kRightTransposed ? p.columns : p.depth,
                         kRightTransposed ? p.depth : p.columns, false);
   const auto fetch = [&](int64_t piece) {
-    const int64_t depth = piece * Cut::kDepth;
+    const int64_t depth = piece * kDepth<T>;
     if (depth < p.depth) {
       Slot& slot = slots[piece % kStages];
       kLeftTransposed ? left.fetch(slot.left, depth, row) : left.fetch(slot.left, row, depth);
@@ -117,37 +105,36 @@ __global__ void __launch_bounds__(kThreads, 4) multiply_kernel(const __grid_cons
     commit_copies();
   };
 
-  BlockProduct<T, Cut::kSize, Cut::kSize, kWarps> sums;
+  BlockProduct<T, kSize, kSize, kWarps> sums;
   sums.clear();
 #pragma unroll 1
-  for (int piece = 0; piece < kStages - 1; ++piece) fetch(piece);
-#pragma unroll 1
-  for (int64_t piece = 0; piece * Cut::kDepth < p.depth; ++piece) {
-    wait_copies<kStages - 2>();
-    __syncthreads();
+  for (int64_t piece = 1 - kStages; piece * kDepth<T> < p.depth; ++piece) {
+    if (piece >= 0) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+    }
     fetch(piece + kStages - 1);
+    if (piece < 0) continue;
     const Slot& slot = slots[piece % kStages];
     sums.template add<kLeftTransposed ? kTransposed : kPlain, kRightTransposed ? kTransposed : kPlain>(
-        slot.left, slot.right, 0, Cut::kDepth);
+        slot.left, slot.right, 0, kDepth<T>);
   }
-  sums.for_each([&](int i, int k, auto sum) {
-    if (row + i < p.rows && column + k < p.columns)
-      store(p.out, head * p.out_h + (row + i) * p.columns + column + k, sum);
+  visit(p.out, [&]<typename U>(U* out) {
+    sums.for_each([&](int i, int k, auto sum) {
+      if (row + i < p.rows && column + k < p.columns)
+        store(out + (head * p.out_h + (row + i) * p.columns + column + k), to<U>(sum));
+    });
   });
 }
 
 struct Instance {
   DType operands;
   bool left_transposed, right_transposed;
-  int size;  // of a tile
   int64_t smem_bytes;
   void (*kernel)(ProductParams);
 };
 template <typename T, bool kLeftTransposed, bool kRightTransposed>
-constexpr Instance kInstance = {kDType<T>,
-                                kLeftTransposed,
-                                kRightTransposed,
-                                Tile<T, kLeftTransposed>::kSize,
+constexpr Instance kInstance = {kDType<T>, kLeftTransposed, kRightTransposed,
                                 kStages * sizeof(Stage<T, kLeftTransposed, kRightTransposed>),
                                 multiply_kernel<T, kLeftTransposed, kRightTransposed>};
 
@@ -169,7 +156,7 @@ void multiply(const ProductParams& p, Stream stream) {
            i.right_transposed == p.right_transposed;
   });
   launch({.name = "rnn_multiply",
-          .grid = {p.heads * ceil_div(p.rows, instance.size) * ceil_div(p.columns, instance.size)},
+          .grid = {p.heads * ceil_div(p.rows, kSize) * ceil_div(p.columns, kSize)},
           .threads = kThreads,
           .smem_bytes = instance.smem_bytes,
           .stream = stream},

@@ -7,7 +7,6 @@
 #pragma once
 
 #include <iterator>
-#include <tuple>
 
 #include "common/array.cuh"
 #include "common/async.cuh"
@@ -15,25 +14,10 @@
 #include "common/opaque.cuh"
 #include "common/random.h"
 #include "common/sequences.cuh"
-#include "rnn/cells.h"
+#include "rnn/cell.cuh"
 #include "rnn/tile.h"
 
 namespace seqkern::rnn::cuda {
-
-// Kernels are templates over the index of a cell; that of elman_tanh is for elman_relu too.
-template <int kCell>
-using CellOf = std::tuple_element_t<kCell, std::tuple<Lstm<float>, Gru<float>, Slstm<float>, ElmanTanh<float>>>;
-template <int kCell>
-inline constexpr int kNumbers = CellOf<kCell>::kCarried > 0 ? CellOf<kCell>::kCarried : 1;  // that cells pass for c
-
-// f(a value of the type in cells.h).
-template <int kCell, typename F>
-__device__ __forceinline__ float with_cell(Cell cell, F&& f) {
-  if constexpr (kCell == static_cast<int>(Cell::kElmanTanh)) {
-    if (cell == Cell::kElmanRelu) return f(ElmanRelu<float>());
-  }
-  return f(CellOf<kCell>());
-}
 
 template <typename T>
 using Pair = Vector<T, 2>;  // two neighbouring units
@@ -50,7 +34,7 @@ __device__ __forceinline__ Chunk chunk_of(const Vector<T, kPerChunk<T>>& element
   return chunk;
 }
 
-// One of the two sequences that a thread owns units of.
+// One of the 8 sequences of a block.
 struct Row {
   bool exists;
   int tokens;     // 0 where the row does not exist
@@ -58,40 +42,42 @@ struct Row {
   int64_t b;      // batch row
   int64_t first;  // place of the first token in memory
 };
+static_assert(sizeof(Row) == kRowBytes);
 
+__device__ __forceinline__ Row row_of(const Sequences& s, int64_t n) {
+  if (n >= (s.cu_seqlens ? s.count : s.batch)) return {};
+  const Span span = s.cu_seqlens ? packed_span(s, n) : Span{0, s.length, n, false};
+  return {.exists = true,
+          .tokens = static_cast<int>(span.end - span.begin),
+          .state = n,
+          .b = s.cu_seqlens ? 0 : n,
+          .first = memory_place(s, span.begin)};
+}
+
+// What a thread owns, and where its block finds things.
 struct Place {
-  int64_t head;
-  int unit;       // the first of two, in the head
-  int exist;      // of the two: 0, 1 or 2
-  int row;        // the first of two, among the 8 of the block
-  int direction;  // of time in memory
-  Row rows[2];
-  int longest;  // tokens of the longest sequence of the block
+  int head;
+  int unit;         // the first of two, in the head
+  int exist;        // of the two: 0, 1 or 2
+  int row;          // the first of two, among the 8 of the block
+  int direction;    // of time in memory
+  int longest;      // tokens of the longest sequence of the block
+  const Row* rows;  // the two, in shared memory
 
-  __device__ __forceinline__ Place(const Inputs& in, const Fused& fused) {
-    const Sequences& s = in.sequences;
+  // All threads of the block.
+  __device__ __forceinline__ Place(const Inputs& in, const Fused& fused, Row* of_block) {
     const int lane = threadIdx.x % kWarpSize;
     const auto [block_head, tile] = divide(blockIdx.x, fused.tiles);
-    head = block_head;
+    if (threadIdx.x < kRows) of_block[threadIdx.x] = row_of(in.sequences, tile * kRows + threadIdx.x);
+    head = static_cast<int>(block_head);
     unit = threadIdx.x / kWarpSize * kStrip + lane / 4 * 2;
     exist = static_cast<int>(clamp(in.units - unit, 0, 2));
     row = lane % 4 * 2;
-    direction = s.reverse ? -1 : 1;
-    const int64_t count = s.cu_seqlens ? s.count : s.batch;
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const int64_t n = tile * kRows + row + j;
-      const bool exists = n < count;
-      const Span span = !exists ? Span{0, 0, 0, true} : s.cu_seqlens ? packed_span(s, n) : Span{0, s.length, n, false};
-      rows[j] = {.exists = exists,
-                 .tokens = static_cast<int>(span.end - span.begin),
-                 .state = n,
-                 .b = s.cu_seqlens ? 0 : n,
-                 .first = memory_place(s, span.begin)};
-    }
-    longest = max(rows[0].tokens, rows[1].tokens);
-    longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, 1));
-    longest = max(longest, __shfl_xor_sync(0xffffffffu, longest, 2));
+    direction = in.sequences.reverse ? -1 : 1;
+    rows = of_block + row;
+    __syncthreads();
+    longest = 0;
+    for (int i = 0; i < kRows; ++i) longest = max(longest, of_block[i].tokens);
   }
 
   // Of token `i` of row j, counted as time runs: its number b L + l.
@@ -117,14 +103,25 @@ struct Operand {
     Chunk& chunk = data[row * row_chunks + at(row, k / kPerChunk<T>)];
     *reinterpret_cast<Words*>(&chunk[k % kPerChunk<T> * sizeof(T) / sizeof(uint32_t)]) = words;
   }
-  // Chunk q of a block of depth in row g.
-  __device__ __forceinline__ Chunk get(int block) const {
-    const int lane = threadIdx.x % kWarpSize;
-    return data[lane / 4 * row_chunks + at(lane / 4, block * kBlockChunks + lane % 4)];
-  }
   // All threads of the block.
   __device__ __forceinline__ void clear() const {
     for (int i = threadIdx.x; i < kRows * row_chunks; i += blockDim.x) data[i] = {};
+  }
+};
+
+// Of rows g of an operand, chunks q of blocks of depth.
+struct BlockReader {
+  const Chunk* even;  // block 0
+  const Chunk* odd;   // block 1
+
+  template <typename T>
+  __device__ __forceinline__ explicit BlockReader(const Operand<T>& operand) {
+    const int lane = threadIdx.x % kWarpSize;
+    const Chunk* const row = operand.data + lane / 4 * operand.row_chunks;
+    even = row + operand.at(lane / 4, lane % 4), odd = row + operand.at(lane / 4, kBlockChunks + lane % 4);
+  }
+  __device__ __forceinline__ Chunk get(int block) const {
+    return (block % 2 == 0 ? even : odd)[block / 2 * kPeriodChunks];
   }
 };
 
@@ -134,6 +131,8 @@ struct Shared {
   Chunk* all;
   int row_chunks;
   float* bias;  // (G, units)
+  Row* rows;    // (8,)
+  int64_t (*begins)[kRows];  // (kTracks, 8)
   Chunk* ring;
   Chunk* rest;
 
@@ -141,6 +140,8 @@ struct Shared {
       : all(&shared_memory<Chunk>()),
         row_chunks(fused.row_chunks),
         bias(reinterpret_cast<float*>(all + fused.bias_at / kChunkBytes)),
+        rows(reinterpret_cast<Row*>(all + fused.rows_at / kChunkBytes)),
+        begins(reinterpret_cast<int64_t(*)[kRows]>(rows + kRows)),
         ring(all + fused.ring_at / kChunkBytes),
         rest(all + fused.rest_at / kChunkBytes) {}
 
@@ -150,11 +151,11 @@ struct Shared {
 
   __device__ __forceinline__ static int units() { return blockDim.x / kWarpSize * kStrip; }
   // Units that do not exist have none.
-  __device__ __forceinline__ void take_bias(const Inputs& in, int64_t head, int gates) const {
+  __device__ __forceinline__ void take_bias(const Inputs& in, int head, int gates) const {
     for (int i = threadIdx.x; i < gates * units(); i += blockDim.x) {
       const int gate = i / units(), unit = i % units();
       const bool exists = in.bias && unit < in.units;
-      bias[i] = exists ? load<float>(in.bias, (head * gates + gate) * in.units + unit) : 0.0f;
+      bias[i] = exists ? load<float>(in.bias, (int64_t{head} * gates + gate) * in.units + unit) : 0.0f;
     }
   }
   // The sums of products that bias is added to.
@@ -201,46 +202,38 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// d (16, 8) += a b over a block of depth. a: chunks of the rows that a thread gives, b: that of its column. Which of
-// the block's numbers a product takes at once does not matter as long as a and b agree. Two chains of sums: even, odd.
-template <typename T>
-__device__ __forceinline__ void multiply_block(float (&even)[4], float (&odd)[4], const Chunk (&a)[2], const Chunk& b) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t left[4] = {a[0][2 * half], a[1][2 * half], a[0][2 * half + 1], a[1][2 * half + 1]};
-    const uint32_t right[2] = {b[2 * half], b[2 * half + 1]};
-    multiply_add<T>(half == 0 ? even : odd, left, right);
-  }
-}
-
-// Weights of a warp: kTiles matrices (16, depth). Of each the first kHeld blocks of depth are in registers, the rest in
-// shared memory.
-template <typename T, int kTiles, int kHeld>
+// Weights of a warp: kTiles matrices (16, depth), as fragments: what a thread gives to one product, in the order of its
+// registers. A block of depth takes two of each matrix, one for each half of its operand's chunks; which of the block's
+// numbers a product takes at once does not matter as long as both operands agree. The first kHeld blocks are in
+// registers, the rest, where there can be one, in shared memory.
+template <typename T, int kTiles, int kHeld, bool kRest>
 struct Stationary {
-  static constexpr int kChunks = kTiles * 2;  // of a thread, for each block of depth
-  Chunk held[kHeld][kTiles][2];
-  const Chunk* rest;  // this thread's, of (depth - kHeld, kTiles, 2, threads)
-  int depth;          // blocks
+  using Fragment = Vector<uint32_t, 4>;
+  Fragment held[kHeld][2][kTiles];
+  const Fragment* rest;  // this thread's, of (depth - kHeld, 2, kTiles, threads)
+  int depth;             // blocks
 
-  // fill(tile, k, chunks): elements k, k + 1.. of the rows of units 2g and 2g + 1. `own` is room for kChunks, one for
-  // each thread of the block after the other.
+  // fill(tile, k, chunks): elements k, k + 1.. of the rows of units 2g and 2g + 1. `own` is room for the fragments of a
+  // block of depth.
   template <typename F>
   __device__ __forceinline__ Stationary(const Fused& fused, Chunk* own, Chunk* rest_of_block, F&& fill)
       : rest(rest_of_block + threadIdx.x), depth(fused.depth) {
-    const int k = threadIdx.x % 4 * kPerChunk<T>;
 #pragma unroll 1
     for (int block = 0; block < depth; ++block) {
-      Chunk* const to = threadIdx.x + (block < kHeld ? own : rest_of_block + (block - kHeld) * kChunks * blockDim.x);
+      const int k = (block * kBlockChunks + static_cast<int>(threadIdx.x) % kBlockChunks) * kPerChunk<T>;
+      Fragment* const to =
+          threadIdx.x + (block < kHeld ? own : rest_of_block + (block - kHeld) * 2 * kTiles * blockDim.x);
 #pragma unroll 1
       for (int tile = 0; tile < kTiles; ++tile) {
-        Chunk chunks[2];
-        fill(tile, block * kBlockChunks * kPerChunk<T> + k, chunks);
-        to[(2 * tile) * blockDim.x] = chunks[0];
-        to[(2 * tile + 1) * blockDim.x] = chunks[1];
+        Chunk row[2];
+        fill(tile, k, row);
+        to[tile * blockDim.x] = {{row[0][0], row[1][0], row[0][1], row[1][1]}};
+        to[(kTiles + tile) * blockDim.x] = {{row[0][2], row[1][2], row[0][3], row[1][3]}};
       }
 #pragma unroll
       for (int to_hold = 0; to_hold < kHeld; ++to_hold) {
-        if (block == to_hold) take(held[to_hold], to);
+        if (block != to_hold) continue;
+        take(held[to_hold][0], to), take(held[to_hold][1], to + kTiles * blockDim.x);
       }
     }
   }
@@ -250,46 +243,51 @@ struct Stationary {
   template <int kChains>
   __device__ __forceinline__ void multiply(float (&sum)[kTiles][kChains][4], const Operand<T>& operand) {
     static_assert(kChains == 1 || kChains == 2 || kChains == 4, "one, or those of even and odd halves and blocks");
-    Chunk next = operand.get(0);
+    const BlockReader reader(operand);
+    Chunk next = reader.get(0);
 #pragma unroll
     for (int block = 0; block < kHeld; ++block) {
-      if (block < depth) {
-        const Chunk b = next;
-        next = operand.get(min(block + 1, depth - 1));
-        if constexpr (sizeof(T) == 4) forget(held[block]);  // fp32 is split anew each time: halves take twice the room
-        add<kChains>(sum, block % 2, held[block], b);
+      if (block >= depth) continue;
+      const Chunk b = next;
+      if (block + 1 < depth) next = reader.get(block + 1);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (sizeof(T) == 4) forget(held[block][half]);
+        add<kChains>(sum, 2 * block + half, held[block][half], b);
       }
     }
+    if constexpr (kRest) {
 #pragma unroll 1
-    for (int block = kHeld; block < depth; ++block) {
-      Chunk a[kTiles][2];
-      take(a, rest + (block - kHeld) * kChunks * blockDim.x);
-      const Chunk b = next;
-      next = operand.get(min(block + 1, depth - 1));
-      add<kChains>(sum, 0, a, b);
+      for (int block = kHeld; block < depth; ++block) {
+        const Chunk b = next;
+        if (block + 1 < depth) next = reader.get(block + 1);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Fragment a[kTiles];
+          take(a, rest + ((block - kHeld) * 2 + half) * kTiles * blockDim.x);
+          add<kChains>(sum, half, a, b);
+        }
+      }
     }
   }
 
  private:
-  __device__ __forceinline__ static void forget(Chunk (&a)[kTiles][2]) {
+  __device__ __forceinline__ static void take(Fragment (&a)[kTiles], const Fragment* from) {
 #pragma unroll
-    for (int i = 0; i < kTiles * 2 * 4; ++i) make_opaque(a[i / 8][i / 4 % 2][i % 4]);
+    for (int tile = 0; tile < kTiles; ++tile) a[tile] = from[tile * blockDim.x];
   }
-  __device__ __forceinline__ static void take(Chunk (&a)[kTiles][2], const Chunk* from) {
+  // fp32 is split into halves anew each time: kept, they would take twice the registers.
+  __device__ __forceinline__ static void forget(Fragment (&a)[kTiles]) {
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      a[tile][0] = from[2 * tile * blockDim.x];
-      a[tile][1] = from[(2 * tile + 1) * blockDim.x];
-    }
+    for (int i = 0; i < kTiles * 4; ++i) make_opaque(a[i / 4][i % 4]);
   }
+  // Half number `half` of the depth.
   template <int kChains>
-  __device__ __forceinline__ static void add(float (&sum)[kTiles][kChains][4], int odd_block, const Chunk (&a)[kTiles][2],
+  __device__ __forceinline__ static void add(float (&sum)[kTiles][kChains][4], int half, const Fragment (&a)[kTiles],
                                              const Chunk& b) {
-    const int chain = kChains == 4 ? 2 * odd_block : 0;
+    const uint32_t right[2] = {b[half % 2 * 2], b[half % 2 * 2 + 1]};
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      multiply_block<T>(sum[tile][chain], sum[tile][kChains > 1 ? chain + 1 : 0], a[tile], b);
-    }
+    for (int tile = 0; tile < kTiles; ++tile) multiply_add<T>(sum[tile][half % kChains], a[tile].element, right);
   }
 };
 
@@ -316,46 +314,47 @@ __device__ __forceinline__ void fetch_pair(Pair<T>* to_place, const T* from, int
   }
 }
 
-// Where this thread's units lie in a tensor of tokens with elements T: in the tokens that its two rows have come to.
-template <typename T>
+// Where this thread's units lie in a tensor of tokens with elements T. Where the rows begin is in shared memory, as
+// pointers that moved along would take more registers than there are.
+template <typename T, typename Data>
 struct Track {
-  T* data;
-  int64_t at[2];  // in elements
+  const Data& of;
+  const Place& place;
+  const int64_t* begin;  // of the two rows, the unit left out
 
-  // At token `i` of each row.
-  template <typename Data>
-  __device__ __forceinline__ Track(const Data& of, const Place& place, int i) : data(static_cast<T*>(of.data)) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const Row& row = place.rows[j];
-      at[j] = row.b * of.b + (row.first + place.direction * i) * of.l + place.head * of.h + place.unit;
-    }
+  // All threads of the block; to be used after __syncthreads().
+  __device__ __forceinline__ Track(const Data& of, const Place& place, int64_t (&of_block)[kRows])
+      : of(of), place(place), begin(of_block + place.row) {
+    if (threadIdx.x >= kRows) return;
+    const Row& row = place.rows[static_cast<int>(threadIdx.x) - place.row];
+    of_block[threadIdx.x] = row.b * of.b + row.first * of.l + place.head * of.h;
   }
-
-  __device__ __forceinline__ T* of_row(int j, int64_t offset = 0) const { return data + (at[j] + offset); }
-
-  // To the next token, or by as many.
-  template <typename Data>
-  __device__ __forceinline__ void move(const Data& of, int tokens) {
-#pragma unroll
-    for (int j = 0; j < 2; ++j) at[j] += tokens * of.l;
+  // In token `i` of row j, `apart` elements on.
+  __device__ __forceinline__ T* at(int j, int i, int64_t apart = 0) const {
+    return static_cast<T*>(of.data) + (begin[j] + int64_t{place.direction * i} * of.l + place.unit + apart);
   }
 };
 
 // Elements (row, head, unit) and (row, head, unit + 1) of states (rows, H, size).
 __device__ __forceinline__ void load_state(float (&s)[2], const Array& states, const Inputs& in, const Place& place,
                                            int64_t row, int64_t size) {
+  visit(ArrayFor<float>{states}, [&](const auto* data) {
+    const auto* from = data + (row * in.heads + place.head) * size + place.unit;
 #pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    if (e < place.exist) s[e] = load<float>(states, (row * in.heads + place.head) * size + place.unit + e);
-  }
+    for (int e = 0; e < 2; ++e) s[e] = e < place.exist ? to<float>(load(from + e)) : s[e];
+  });
+}
+// The same of fp32.
+__device__ __forceinline__ void load_state(float (&s)[2], const float* states, const Inputs& in, const Place& place,
+                                           int64_t row, int64_t size) {
+  const float* from = states + (row * in.heads + place.head) * size + place.unit;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) s[e] = e < place.exist ? seqkern::load(from + e) : s[e];
 }
 __device__ __forceinline__ void store_state(const float (&s)[2], const Array& states, const Inputs& in,
                                             const Place& place, int64_t row, int64_t size) {
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    if (e < place.exist) store(states, (row * in.heads + place.head) * size + place.unit + e, s[e]);
-  }
+  put_pair(static_cast<float*>(states.data) + (row * in.heads + place.head) * size + place.unit, s[0], s[1],
+           place.exist, false);
 }
 
 // What a thread carries of a row: h and c of its two units.
@@ -375,8 +374,9 @@ struct State {
     clear();
     load(in.initial_h, in.initial_c, in, place, j);
   }
-  // The rows of states that the sequence of row j owns, where there are such states.
-  __device__ __forceinline__ void load(const Array& of_h, const Array& of_c, const Inputs& in, const Place& place,
+  // The rows of states that the sequence of row j owns, where there are such states: arrays of any type, or fp32.
+  template <typename States>
+  __device__ __forceinline__ void load(const States& of_h, const States& of_c, const Inputs& in, const Place& place,
                                        int j) {
     if (!place.rows[j].exists) return;
     const int64_t row = place.rows[j].state;
@@ -413,43 +413,53 @@ __device__ __forceinline__ bool starts_anew(const Inputs& in, const Place& place
   return in.reset && load(in.reset + place.token(in, j, i));
 }
 
-// Random words of the units of this thread (common/random.h, params.h).
-__device__ __forceinline__ void random_words(uint32_t (&word)[2], const Inputs& in, const Place& place, uint64_t first,
-                                             RandomKind kind) {
-  const uint64_t element = place.head * in.outputs + place.unit, seed = load(in.seed);
-  const auto draw = [&](uint64_t of) {
-    const Random4 four = philox(seed, first, static_cast<uint32_t>(of / 4), kind);
-    const uint32_t even = of & 2 ? four.word[2] : four.word[0], odd = of & 2 ? four.word[3] : four.word[1];
-    return of & 1 ? odd : even;
-  };
-  word[0] = draw(element), word[1] = draw(element + 1);
+// Without an index into registers.
+__device__ __forceinline__ uint32_t word_of(const Random4& four, int i) {
+  return i == 0 ? four.word[0] : i == 1 ? four.word[1] : i == 2 ? four.word[2] : four.word[3];
 }
 
-// [dropout]: what the elements of h are multiplied with where the product of row j reads them.
-__device__ __forceinline__ void dropout_scale(float (&scale)[2], const Inputs& in, const Place& place, int j) {
-  scale[0] = scale[1] = 1.0f;
-  if (!in.drops() || !place.rows[j].exists) return;
-  const float probability = static_cast<float>(in.recurrent_dropout);
-  uint32_t word[2];
-  random_words(word, in, place, place.rows[j].state, kDropoutWords);
-#pragma unroll
-  for (int e = 0; e < 2; ++e) scale[e] = happens(word[e], probability) ? 0.0f : 1.0f / (1.0f - probability);
+// What chance decides for what a thread owns (common/random.h, params.h): bit 2 j + e is unit e's in row j, whose words
+// begin at first[j]. One after the other, in few registers.
+__device__ __forceinline__ uint32_t happening(const Inputs& in, const Place& place, const int64_t (&first)[2],
+                                              RandomKind kind, double probability) {
+  const uint64_t element = static_cast<uint64_t>(int64_t{place.head} * in.outputs + place.unit);
+  const uint32_t group = static_cast<uint32_t>(element / 4);
+  const int within = static_cast<int>(element % 4);
+  uint32_t bits = 0;
+#pragma unroll 1
+  for (int j = 0; j < 2; ++j) {
+    uint64_t seed = static_cast<uint64_t>(load(in.seed));
+    make_opaque(seed);
+    const uint64_t position = static_cast<uint64_t>(j == 0 ? first[0] : first[1]);
+    const Random4 four = philox(seed, position, group, kind);
+    const uint32_t word = word_of(four, within);
+    const uint32_t next = within < 3 ? word_of(four, within + 1) : philox(seed, position, group + 1, kind).word[0];
+    if (happens(word, static_cast<float>(probability))) bits |= 1u << (2 * j);
+    if (happens(next, static_cast<float>(probability))) bits |= 2u << (2 * j);
+  }
+  return bits;
+}
+__device__ __forceinline__ bool happened(uint32_t bits, int e, int j) {
+  return bits >> (2 * j + e) & 1;
 }
 
-// [zoneout]: how much of h_{t-1} there is in h_t, for token `i` of row j.
-__device__ __forceinline__ void zoneout_share(float (&share)[2], const Inputs& in, const Place& place, int j,
-                                              int i) {
-  const float probability = static_cast<float>(in.zoneout);
-  share[0] = share[1] = probability;
-  if (!in.training) return;
-  uint32_t word[2];
-  random_words(word, in, place, place.token(in, j, i), kZoneoutWords);
-#pragma unroll
-  for (int e = 0; e < 2; ++e) share[e] = happens(word[e], probability) ? 1.0f : 0.0f;
+// [dropout]: the elements of h that products of these sequences do not see. The others are multiplied with a scale.
+__device__ __forceinline__ uint32_t dropped(const Inputs& in, const Place& place) {
+  if (!in.drops()) return 0;
+  return happening(in, place, {place.rows[0].state, place.rows[1].state}, kDropoutWords, in.recurrent_dropout);
+}
+__device__ __forceinline__ float dropout_scale(const Inputs& in) {
+  return in.drops() ? 1.0f / (1.0f - static_cast<float>(in.recurrent_dropout)) : 1.0f;
 }
 
-__device__ __forceinline__ float zoned(float share, float before, float now) {
-  return share == 0.0f ? now : share == 1.0f ? before : fmaf(share, before, (1.0f - share) * now);
+// [zoneout] in training: the elements that keep their h in token `i` of the rows.
+__device__ __forceinline__ uint32_t kept(const Inputs& in, const Place& place, int i) {
+  if (!in.zones() || !in.training) return 0;
+  return happening(in, place, {place.token(in, 0, i), place.token(in, 1, i)}, kZoneoutWords, in.zoneout);
+}
+// [zoneout] at inference: how much of h_{t-1} there is in h_t.
+__device__ __forceinline__ float zoneout_share(const Inputs& in) {
+  return in.training ? 0.0f : static_cast<float>(in.zoneout);
 }
 
 }  // namespace seqkern::rnn::cuda

@@ -41,25 +41,27 @@ __device__ __forceinline__ void set(const Rows& x, int64_t row, const Element& a
 
 // What a step is given and leaves is what a cell carries, but for sLSTM: (c, n, m) there is (y, l) here, whatever scale
 // m is given in.
-template <typename Cell, typename R>
+template <int kCell, typename R>
 __device__ __forceinline__ void take_state(const StepParams& p, int64_t row, const Element& at,
-                                           R (&c)[kNumbers<Cell>]) {
-  if constexpr (Cell::kCarried == 2) {
+                                           R (&c)[kNumbers<kCell>]) {
+  using C = CellOf<kCell, R>;
+  if constexpr (C::kCarried == 2) {
     const R sum = value<R>(p.state[1], row, at), n = value<R>(p.state[2], row, at), m = value<R>(p.state[3], row, at);
-    Cell::empty(c);
+    C::empty(c);
     const R none = c[1], l = n == R(0) ? none : m + log(n);
     if (l != none) c[0] = sum / n, c[1] = l;
-  } else if constexpr (Cell::kCarried == 1) {
+  } else if constexpr (C::kCarried == 1) {
     c[0] = value<R>(p.state[1], row, at);
   }
 }
-template <typename Cell, typename R>
+template <int kCell, typename R>
 __device__ __forceinline__ void put_state(const StepParams& p, int64_t row, const Element& at,
-                                          const R (&c)[kNumbers<Cell>]) {
-  if constexpr (Cell::kCarried > 0) set(p.state[1], row, at, c[0]);
-  if constexpr (Cell::kCarried == 2) {
-    R none[kNumbers<Cell>];
-    Cell::empty(none);
+                                          const R (&c)[kNumbers<kCell>]) {
+  using C = CellOf<kCell, R>;
+  if constexpr (C::kCarried > 0) set(p.state[1], row, at, c[0]);
+  if constexpr (C::kCarried == 2) {
+    R none[kNumbers<kCell>];
+    C::empty(none);
     set(p.state[2], row, at, c[1] == none[1] ? R(0) : R(1)), set(p.state[3], row, at, c[1]);
   }
 }
@@ -82,18 +84,21 @@ template <int kCell, typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     step_kernel(const __grid_constant__ StepParams p, const __grid_constant__ Array product,
                 const __grid_constant__ Array made) {
-  using Cell = CellOf<kCell, R>;
+  using C = CellOf<kCell, R>;
   const Element at(p.batch, p.heads, p.units);
   if (!at.exists) return;
   const int64_t row = state_row(p, at.b);
   if (row < 0) return p.proj ? put(made, at.of_product(p.batch, p.units), R(0)) : set(p.h, at.b, at, R(0));
-  R x[Cell::kGates], u[Cell::kGates], c[kNumbers<Cell>];
+  R x[C::kGates], u[C::kGates], c[kNumbers<kCell>] = {};
   take(x, p.x, at.b * p.x.b + at.head * p.x.h + at.i, p.x.g);
-  take(u, product, at.of_product(p.batch, Cell::kGates * p.units), p.units);
+#pragma unroll
+  for (int g = 0; g < C::kGates; ++g)
+    u[g] = load(number<R>(product, at.of_product(p.batch, C::kGates * p.units) + g * p.units));
   add_bias(u, p.bias, at, p.units);
-  take_state<Cell>(p, row, at, c);
-  const R m = Cell::step(x, u, Cell::kReadsH ? value<R>(p.state[0], row, at) : R(0), c);
-  put_state<Cell>(p, row, at, c);
+  take_state<kCell>(p, row, at, c);
+  const R h = C::kReadsH ? value<R>(p.state[0], row, at) : R(0);
+  const R m = with_cell<kCell, R>(p.cell, [&](auto cell) { return decltype(cell)::step(x, u, h, c); });
+  put_state<kCell>(p, row, at, c);
   if (p.proj)
     put(made, at.of_product(p.batch, p.units), m);
   else
@@ -109,22 +114,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (!at.exists) return;
   const int64_t row = state_row(p, at.b);
   if (row < 0) return set(p.h, at.b, at, R(0));
-  leave_h(p, row, at, take<R>(projected, at.of_product(p.batch, p.outputs)));
+  leave_h(p, row, at, load(number<R>(projected, at.of_product(p.batch, p.outputs))));
 }
 
 struct Instance {
   DType accumulator;
-  void (*step[kCells])(StepParams, Array, Array);
+  void (*step[kCellKernels])(StepParams, Array, Array);
   void (*project)(StepParams, Array);
 };
 template <typename R>
 constexpr Instance kInstance = {
-    kDType<R>,
-    {step_kernel<0, R>, step_kernel<1, R>, step_kernel<2, R>, step_kernel<3, R>, step_kernel<4, R>},
-    step_project_kernel<R>};
+    kDType<R>, {step_kernel<0, R>, step_kernel<1, R>, step_kernel<2, R>, step_kernel<3, R>}, step_project_kernel<R>};
 
 constexpr Instance kInstances[] = {kInstance<float>, kInstance<double>};
-static_assert(std::size(kInstances) * (kCells + 1) == kStepKernels);
+static_assert(std::size(kInstances) * (kCellKernels + 1) == kStepKernels);
 
 Launch of_elements(const char* name, const StepParams& p, int64_t size, Stream stream) {
   return {.name = name, .grid = {ceil_div(p.batch * p.heads * size, kThreads)}, .threads = kThreads, .stream = stream};
@@ -155,7 +158,7 @@ void step(const StepParams& p, Stream stream) {
             .line_indices_is_int64 = p.state_indices_is_int64,
             .lines = p.rows},
            stream);
-  launch(of_elements("rnn_step", p, p.units, stream), instance.step[static_cast<int>(p.cell)], p, work.product, work.m);
+  launch(of_elements("rnn_step", p, p.units, stream), instance.step[kernel_of(p.cell)], p, work.product, work.m);
   if (!p.proj) return;
   multiply({.heads = p.heads,
             .rows = p.batch,

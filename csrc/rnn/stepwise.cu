@@ -109,7 +109,7 @@ __device__ __forceinline__ void leave_h(const FwdParams& p, const FwdWork& work,
   }
   if (moment.span.padding) h = R(0);
   put(p.h, of_token(p, p.h, at, tau), h);
-  if (moment.after >= 0 && p.final_h) store(p.final_h, of_state(p, at, moment.after, p.outputs), h);
+  if (moment.after >= 0 && p.final_h) store(number<R>(p.final_h, of_state(p, at, moment.after, p.outputs)), h);
   if (tau + 1 < p.sequences.length) enter_h(p, work, at, Moment(p, at.b, tau + 1, moment.span), h);
 }
 
@@ -137,31 +137,31 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 template <int kCell, typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     forward_kernel(const __grid_constant__ FwdParams p, const __grid_constant__ FwdWork work, const int64_t tau) {
-  using Cell = CellOf<kCell, R>;
+  using C = CellOf<kCell, R>;
   const Element at(p.sequences.batch, p.heads, p.units);
   if (!at.exists) return;
   const Moment moment(p, at.b, tau);
 
-  R x[Cell::kGates], u[Cell::kGates], c[kNumbers<Cell>], empty[kNumbers<Cell>];
+  R x[C::kGates], u[C::kGates], c[kNumbers<kCell>] = {}, empty[kNumbers<kCell>];
   take(x, p.x, of_token(p, p.x, at, tau), p.x.g);
-  take(u, work.product, at.of_product(p.sequences.batch, Cell::kGates * p.units), p.units);
+  take(u, work.product, at.of_product(p.sequences.batch, C::kGates * p.units), p.units);
   add_bias(u, p.bias, at, p.units);
   if (p.u) put(u, p.u, of_token(p, p.u, at, tau), p.u.g);
 #pragma unroll
-  for (int k = 0; k < Cell::kCarried; ++k) c[k] = load(carried_c<R>(p, p.workspace, at, k));
-  const R h = Cell::kReadsH ? load(carried_h<R>(p, p.workspace, at)) : R(0);
-  const R m = Cell::step(x, u, h, c);
+  for (int k = 0; k < C::kCarried; ++k) c[k] = load(carried_c<R>(p, p.workspace, at, k));
+  const R h = C::kReadsH ? load(carried_h<R>(p, p.workspace, at)) : R(0);
+  const R m = with_cell<kCell, R>(p.cell, [&](auto cell) { return decltype(cell)::step(x, u, h, c); });
 
 #pragma unroll
-  for (int k = 0; k < Cell::kCarried; ++k) {
-    if (p.c) put(p.c, k * p.c.c + of_token(p, p.c, at, tau), c[k]);
-    if (moment.after >= 0 && p.final_c) store(p.final_c, of_state(p, at, moment.after, p.units, k), c[k]);
+  for (int k = 0; k < C::kCarried; ++k) {
+    if (p.c) store(number<R>(p.c, k * p.c.c + of_token(p, p.c, at, tau)), c[k]);
+    if (moment.after >= 0 && p.final_c) store(number<R>(p.final_c, of_state(p, at, moment.after, p.units, k)), c[k]);
   }
-  if (Cell::kCarried > 0 && tau + 1 < p.sequences.length) {
+  if (C::kCarried > 0 && tau + 1 < p.sequences.length) {
     const Moment next(p, at.b, tau + 1, moment.span);
-    Cell::empty(empty);
+    C::empty(empty);
 #pragma unroll
-    for (int k = 0; k < Cell::kCarried; ++k) enter_c(p, at, next, k, c[k], empty[k]);
+    for (int k = 0; k < C::kCarried; ++k) enter_c(p, at, next, k, c[k], empty[k]);
   }
   if (p.proj)
     put(work.m, at.of_product(p.sequences.batch, p.units), m);
@@ -198,7 +198,7 @@ __device__ __forceinline__ R returned_to(const BwdParams& p, const BwdWork& work
     const R most = static_cast<R>(p.grad_clip);
     sent = sent > most ? most : sent < -most ? -most : sent;  // NaN stays
   }
-  if (next.initial >= 0 && p.dinitial_h) store(p.dinitial_h, of_state(p, at, next.initial, p.outputs), sent);
+  if (next.initial >= 0 && p.dinitial_h) store(number<R>(p.dinitial_h, of_state(p, at, next.initial, p.outputs)), sent);
   return next.fresh ? R(0) : sent;
 }
 
@@ -208,7 +208,7 @@ template <typename R>
 __device__ __forceinline__ R arrive_h(const BwdParams& p, const BwdWork& work, const Element& at, int64_t tau,
                                       const Moment& moment, R before, R& direct) {
   R dh = returned_to<R>(p, work, at, tau, moment.span);
-  if (moment.after >= 0 && p.dfinal_h) dh = load<R>(p.dfinal_h, of_state(p, at, moment.after, p.outputs));
+  if (moment.after >= 0 && p.dfinal_h) dh = load(number<R>(p.dfinal_h, of_state(p, at, moment.after, p.outputs)));
   dh = moment.span.padding ? R(0) : dh + take<R>(p.dh, of_token(p, p.dh, at, tau));
   if (p.operand) put(p.operand, of_token(p, p.operand, at, tau), drop(p, at, moment, before));
   direct = R(0);
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 template <int kCell, typename R>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     backward_kernel(const __grid_constant__ BwdParams p, const __grid_constant__ BwdWork work, const int64_t tau) {
-  using Cell = CellOf<kCell, R>;
+  using C = CellOf<kCell, R>;
   const Element at(p.sequences.batch, p.heads, p.units);
   if (!at.exists) return;
   const Moment moment(p, at.b, tau);
@@ -256,36 +256,39 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   else
     dm = arrive_h(p, work, at, tau, moment, h, direct);
 
-  R x[Cell::kGates], u[Cell::kGates], dx[Cell::kGates], du[Cell::kGates];
+  R x[C::kGates], u[C::kGates], dx[C::kGates], du[C::kGates];
   take(x, p.x, of_token(p, p.x, at, tau), p.x.g);
   take(u, p.u, of_token(p, p.u, at, tau), p.u.g);
-  R c[kNumbers<Cell>], dc[kNumbers<Cell>];
-  Cell::empty(c);
+  R c[kNumbers<kCell>] = {}, dc[kNumbers<kCell>] = {};
+  C::empty(c);
 #pragma unroll
-  for (int k = 0; k < Cell::kCarried; ++k) {
+  for (int k = 0; k < C::kCarried; ++k) {
     if (moment.initial >= 0 && p.initial_c)
       c[k] = load<R>(p.initial_c, of_state(p, at, moment.initial, p.units, k));
     else if (!moment.fresh)
-      c[k] = take<R>(p.c, k * p.c.c + of_token(p, p.c, at, tau - 1));
+      c[k] = load(number<R>(p.c, k * p.c.c + of_token(p, p.c, at, tau - 1)));
     if (moment.span.padding || moment.after >= 0)
-      dc[k] = moment.after >= 0 && p.dfinal_c ? load<R>(p.dfinal_c, of_state(p, at, moment.after, p.units, k)) : R(0);
+      dc[k] = moment.after >= 0 && p.dfinal_c ? load(number<R>(p.dfinal_c, of_state(p, at, moment.after, p.units, k)))
+                                              : R(0);
     else
       dc[k] = load(carried_c<R>(p, p.workspace, at, k));
   }
   if (p.m) {
-    R of_token_c[kNumbers<Cell>];
+    R of_token_c[kNumbers<kCell>];
 #pragma unroll
-    for (int k = 0; k < Cell::kCarried; ++k) of_token_c[k] = c[k];
-    put(p.m, of_token(p, p.m, at, tau), Cell::step(x, u, h, of_token_c));
+    for (int k = 0; k < C::kCarried; ++k) of_token_c[k] = c[k];
+    put(p.m, of_token(p, p.m, at, tau),
+        with_cell<kCell, R>(p.cell, [&](auto cell) { return decltype(cell)::step(x, u, h, of_token_c); }));
   }
 
-  direct += Cell::adjoint(x, u, h, c, dm, dc, dx, du);
+  direct += with_cell<kCell, R>(p.cell, [&](auto cell) { return decltype(cell)::adjoint(x, u, h, c, dm, dc, dx, du); });
   put(dx, p.dx, of_token(p, p.dx, at, tau), p.dx.g);
-  put(Cell::kTwoSides ? du : dx, work.du, at.of_product(p.sequences.batch, Cell::kGates * p.units), p.units);
-  if (Cell::kTwoSides && p.du_last) put(p.du_last, of_token(p, p.du_last, at, tau), du[Cell::kGates - 1]);
+  put(C::kTwoSides ? du : dx, work.du, at.of_product(p.sequences.batch, C::kGates * p.units), p.units);
+  if (C::kTwoSides && p.du_last) put(p.du_last, of_token(p, p.du_last, at, tau), du[C::kGates - 1]);
 #pragma unroll
-  for (int k = 0; k < Cell::kCarried; ++k) {
-    if (moment.initial >= 0 && p.dinitial_c) store(p.dinitial_c, of_state(p, at, moment.initial, p.units, k), dc[k]);
+  for (int k = 0; k < C::kCarried; ++k) {
+    if (moment.initial >= 0 && p.dinitial_c)
+      store(number<R>(p.dinitial_c, of_state(p, at, moment.initial, p.units, k)), dc[k]);
     store(carried_c<R>(p, p.workspace, at, k), moment.fresh ? R(0) : dc[k]);
   }
   if (!p.proj) store(carried_h<R>(p, p.workspace, at), direct);
@@ -295,32 +298,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     pass_kernel(const __grid_constant__ Sequences s, const int64_t columns, const __grid_constant__ Array from,
                 const __grid_constant__ Array to, const float empty_log) {
-  const int64_t first = blockIdx.y * s.count * columns;
-  const auto of_number = [&](const Array& x) {
-    return Array{x ? static_cast<char*>(x.data) + first * size_of(x.dtype) : nullptr, x.dtype};
-  };
-  time_scan::pass_states(s, columns, of_number(from), of_number(to), blockIdx.y == 1 ? empty_log : 0.0f);
+  time_scan::pass_states(s, columns, from, to, blockIdx.y == 1 ? empty_log : 0.0f, blockIdx.y);
 }
 
 struct Instance {
   DType accumulator;
   void (*begin)(FwdParams, FwdWork, float);
-  void (*forward[kCells])(FwdParams, FwdWork, int64_t);
+  void (*forward[kCellKernels])(FwdParams, FwdWork, int64_t);
   void (*project)(FwdParams, FwdWork, int64_t);
-  void (*backward[kCells])(BwdParams, BwdWork, int64_t);
+  void (*backward[kCellKernels])(BwdParams, BwdWork, int64_t);
   void (*send_back)(BwdParams, BwdWork, int64_t);
 };
 template <typename R>
 constexpr Instance kInstance = {
     kDType<R>,
     begin_kernel<R>,
-    {forward_kernel<0, R>, forward_kernel<1, R>, forward_kernel<2, R>, forward_kernel<3, R>, forward_kernel<4, R>},
+    {forward_kernel<0, R>, forward_kernel<1, R>, forward_kernel<2, R>, forward_kernel<3, R>},
     project_kernel<R>,
-    {backward_kernel<0, R>, backward_kernel<1, R>, backward_kernel<2, R>, backward_kernel<3, R>, backward_kernel<4, R>},
+    {backward_kernel<0, R>, backward_kernel<1, R>, backward_kernel<2, R>, backward_kernel<3, R>},
     return_kernel<R>};
 
 constexpr Instance kInstances[] = {kInstance<float>, kInstance<double>};
-static_assert(std::size(kInstances) * (3 + 2 * kCells) + 1 == kStepwiseKernels);
+static_assert(std::size(kInstances) * (3 + 2 * kCellKernels) + 1 == kStepwiseKernels);
 
 const Instance& instance_of(const Inputs& in) {
   return find_instance(kInstances, "rnn_stepwise", [&](const Instance& i) { return i.accumulator == in.accumulator; });
@@ -362,8 +361,7 @@ void begin(const FwdParams& p, const FwdWork& work, Stream stream) {
 }
 
 void forward_step(const FwdParams& p, const FwdWork& work, int64_t tau, Stream stream) {
-  launch(of_elements("rnn_forward_step", p, p.units, stream), instance_of(p).forward[static_cast<int>(p.cell)], p, work,
-         tau);
+  launch(of_elements("rnn_forward_step", p, p.units, stream), instance_of(p).forward[kernel_of(p.cell)], p, work, tau);
 }
 
 void project_step(const FwdParams& p, const FwdWork& work, int64_t tau, Stream stream) {
@@ -380,8 +378,8 @@ void return_step(const BwdParams& p, const BwdWork& work, int64_t tau, Stream st
 }
 
 void backward_step(const BwdParams& p, const BwdWork& work, int64_t tau, Stream stream) {
-  launch(of_elements("rnn_backward_step", p, p.units, stream), instance_of(p).backward[static_cast<int>(p.cell)], p,
-         work, tau);
+  launch(of_elements("rnn_backward_step", p, p.units, stream), instance_of(p).backward[kernel_of(p.cell)], p, work,
+         tau);
 }
 
 }  // namespace seqkern::rnn::cuda

@@ -1,24 +1,15 @@
 // What the kernels of the stepwise path and of a step share: an element to each thread.
 #pragma once
 
-#include <tuple>
-
 #include "common/array.cuh"
 #include "common/grid.cuh"
-#include "rnn/cells.h"
+#include "rnn/cell.cuh"
 #include "rnn/stepwise.h"
 
 namespace seqkern::rnn::cuda {
 
 constexpr int kThreads = 128;
 constexpr int kBlocksPerSm = 8;
-
-// Kernels are templates over the index of a cell.
-template <int kCell, typename R>
-using CellOf = std::tuple_element_t<kCell, std::tuple<Lstm<R>, Gru<R>, Slstm<R>, ElmanTanh<R>, ElmanRelu<R>>>;
-
-template <typename Cell>
-inline constexpr int kNumbers = Cell::kCarried > 0 ? Cell::kCarried : 1;  // of c; C++ has no empty arrays
 
 // The element of (B, H, size) that a thread has.
 struct Element {
@@ -33,6 +24,12 @@ struct Element {
   // Where it lies in (H, B, size).
   __device__ __forceinline__ int64_t of_product(int64_t B, int64_t size) const { return (head * B + b) * size + i; }
 };
+
+// Element i of a tensor that has the accumulator's type.
+template <typename R, typename Tensor>
+__device__ __forceinline__ R* number(const Tensor& x, int64_t i) {
+  return static_cast<R*>(x.data) + i;
+}
 
 // Tensors whose accumulator is R: element i, or those of all gates, `step` apart.
 template <typename R, typename Tensor>

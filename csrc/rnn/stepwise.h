@@ -37,7 +37,12 @@ constexpr int64_t stepwise_workspace_bytes(const Inputs& in) {
   return in.sequences.batch * of_row * size_of(in.accumulator);
 }
 
-constexpr int kStepwiseKernels = 2 * (3 + 2 * kCells) + 1;  // fp32 and fp64
+// Kernels for elman_tanh are those for elman_relu too.
+constexpr int kCellKernels = kCells - 1;
+constexpr int kernel_of(Cell cell) {
+  return static_cast<int>(cell == Cell::kElmanRelu ? Cell::kElmanTanh : cell);
+}
+constexpr int kStepwiseKernels = 2 * (3 + 2 * kCellKernels) + 1;  // fp32 and fp64
 
 // The first operand, and final states of sequences without tokens.
 void begin(const FwdParams& p, const FwdWork& work, Stream stream);
@@ -109,7 +114,7 @@ constexpr ProductParams return_product(const BwdParams& p, const BwdWork& work) 
 }
 
 // rnn_step. The sums in the order of multiply().
-constexpr int kStepKernels = 2 * (kCells + 1);
+constexpr int kStepKernels = 2 * (kCellKernels + 1);
 int64_t step_workspace_bytes(const StepParams& p);
 void step(const StepParams& p, Stream stream);
 

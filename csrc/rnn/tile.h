@@ -18,6 +18,8 @@ constexpr int kAhead = 4;         // tokens that are in shared memory, or on the
 constexpr int kChunkBytes = 16;   // what a thread takes of a row of an operand at once,
 constexpr int kBlockChunks = 4;   // and the four threads of that row: a block of the product's depth
 constexpr int kPeriodChunks = 8;  // rows of operands take multiples of this: all banks
+constexpr int kRowBytes = 32;     // what a block knows of a sequence,
+constexpr int kTracks = 12;       // and in up to as many tensors where it begins, 8 bytes each
 constexpr int kThreadsOfWarp = 32;
 constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1 - kAhead;  // of a row: kernels count in 32 bits
 
@@ -27,16 +29,20 @@ constexpr int kFewWarps = 8, kManyWarps = 12;
 constexpr int most_warps(int gates, int size, int64_t warps) {
   return size == 2 && (gates == 1 || warps > kFewWarps) ? kManyWarps : kFewWarps;
 }
+// Of depth, where h is the operand.
+constexpr int most_blocks(int size, int most_warps) {
+  return static_cast<int>(ceil_div(int64_t{most_warps} * kStrip * size, kBlockChunks * kChunkBytes));
+}
 // Of each gate, in a forward kernel: blocks of depth of R that a thread holds in registers, 8 of them for each block.
-// Of the 255 that a thread has with 8 warps, and 168 with 12, R takes at most 128, and 96.
+// Of the 255 that a thread has with 8 warps R takes 128 at most; of the 168 with 12, and where fp32 needs them for the
+// halves of its numbers, 96.
 constexpr int held_blocks(int gates, int size, int most) {
-  const int room = (most == kFewWarps ? 128 : 96) / 8 / gates;
-  const int all = static_cast<int>(ceil_div(int64_t{most} * kStrip * size, kBlockChunks * kChunkBytes));
+  const int room = (most == kFewWarps && size == 2 ? 128 : 96) / 8 / gates, all = most_blocks(size, most);
   return room < all ? room : all;
 }
 
-// The shared memory of a block, in this order: two operands (8, row_chunks), bias (G, 16 warps) in fp32, tokens on their
-// way, and R's fragments that are not in registers.
+// The shared memory of a block, in this order: two operands (8, row_chunks), bias (G, 16 warps) in fp32, what is
+// known of the 8 sequences, tokens on their way, and R's fragments that are not in registers.
 struct Fused {
   int warps, most_warps;  // that the block has, and those that its kernel is compiled for
   int depth;              // blocks of depth of an operand's row
@@ -44,6 +50,7 @@ struct Fused {
   int64_t tiles;          // of 8 sequences
   int ahead;              // tokens on their way
   int64_t bias_at;        // where they begin, in bytes
+  int64_t rows_at;        //
   int64_t ring_at;        //
   int64_t rest_at;        //
 };
@@ -102,7 +109,8 @@ constexpr Plan plan(const Inputs& in, const Limits& limits, const Demand& demand
   const int threads = warps * kThreadsOfWarp;
   const int64_t rest = at_least(0, fused.depth - demand.held);
   fused.bias_at = 2 * kRows * fused.row_chunks * kChunkBytes;
-  fused.ring_at = fused.bias_at + in.sizes().gates * warps * kStrip * 4;
+  fused.rows_at = fused.bias_at + in.sizes().gates * warps * kStrip * 4;
+  fused.ring_at = fused.rows_at + kRows * (kRowBytes + kTracks * 8);
   fused.ahead = demand.ahead;
   fused.rest_at = fused.ring_at + demand.ahead * threads * demand.token_bytes;
   plan.smem_bytes = fused.rest_at + rest * demand.tiles * 2 * kChunkBytes * threads;

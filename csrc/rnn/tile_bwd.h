@@ -10,10 +10,12 @@ constexpr int64_t padded_units(const Inputs& in) {
   return warps_of(in) * kStrip;
 }
 
-// Blocks of depth of R^T that a thread holds in registers, 8 of them for each.
+// Blocks of the product's depth; of those, what a thread holds in registers, 8 of them for each.
+constexpr int most_blocks_bwd(int gates, int size, int most) {
+  return static_cast<int>(ceil_div(int64_t{most} * kStrip * gates * size, kBlockChunks * kChunkBytes));
+}
 constexpr int held_blocks_bwd(int gates, int size, int most) {
-  const int room = (most == kFewWarps ? 128 : 96) / 8;
-  const int all = static_cast<int>(ceil_div(int64_t{most} * kStrip * gates * size, kBlockChunks * kChunkBytes));
+  const int room = (most == kFewWarps ? 128 : 96) / 8, all = most_blocks_bwd(gates, size, most);
   return room < all ? room : all;
 }
 

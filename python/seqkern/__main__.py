@@ -136,7 +136,7 @@ def _mlstm_step(ops: ModuleType, tensors: dict[str, Tensor], C: Tensor, n: Tenso
     return ops.mlstm_step((C, n, m), *(tensors[name][:, 0] for name in "qkvif"))
 
 
-def _rnn(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def _elementwise(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     state = (tensors["h"], tensors["c"], tensors["n"].exp(), tensors["m"])
     h, final_state = ops.elementwise_rnn(
         tensors["x"], tensors["weights"].tanh(), state, cell="slstm", return_final_state=True
@@ -144,9 +144,21 @@ def _rnn(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     return h, *final_state
 
 
-def _rnn_step(ops: ModuleType, tensors: dict[str, Tensor], h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> Tensor:
+def _elementwise_step(
+    ops: ModuleType, tensors: dict[str, Tensor], h: Tensor, c: Tensor, n: Tensor, m: Tensor
+) -> Tensor:
     x, weights = tensors["x"][:, 0], tensors["weights"].tanh()
     return ops.elementwise_rnn_step((h, c, n.exp_(), m), x, weights, cell="slstm")
+
+
+def _rnn(ops: ModuleType, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    state = (tensors["h"], tensors["c"])
+    h, final_state = ops.rnn(tensors["x"], tensors["R"] / 5, tensors["bias"], state, return_final_state=True)
+    return h, *final_state
+
+
+def _rnn_step(ops: ModuleType, tensors: dict[str, Tensor], h: Tensor, c: Tensor) -> Tensor:
+    return ops.rnn_step((h, c), tensors["x"][:, 0], tensors["R"] / 5, tensors["bias"])
 
 
 SELF_CHECKS = {
@@ -163,8 +175,8 @@ SELF_CHECKS = {
     ),
     "elementwise_rnn": Check(
         {"x": (2, 129, 4, 40), "weights": (4, 40), "h": (2, 40), "c": (2, 40), "n": (2, 40), "m": (2, 40)},
-        _rnn,
-        _rnn_step,
+        _elementwise,
+        _elementwise_step,
         ("h", "c", "n", "m"),
     ),
     "linear_attention": Check(
@@ -184,6 +196,12 @@ SELF_CHECKS = {
         _mlstm,
         _mlstm_step,
         ("C", "n", "m"),
+    ),
+    "rnn": Check(
+        {"x": (2, 33, 2, 4, 20), "R": (2, 4, 20, 20), "bias": (2, 4, 20), "h": (2, 2, 20), "c": (2, 2, 20)},
+        _rnn,
+        _rnn_step,
+        ("h", "c"),
     ),
     "selective_scan": Check(
         {"u": (2, 40, 129), "delta": (2, 40, 129), "A": (40, 16), "B": (2, 2, 16, 129), "C": (2, 2, 16, 129)}

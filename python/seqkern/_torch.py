@@ -105,6 +105,19 @@ def in_order_of(x: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.mT.contiguous().mT if prefers_channels(x) else tensor.contiguous()
 
 
+def is_time_major(x: torch.Tensor) -> bool:
+    """Whether outputs for (B, L, ...) data x have time before batch in memory."""
+    return x.shape[0] > 1 and x.shape[1] > 1 and x.stride(0) < x.stride(1)
+
+
+def empty_tokens(x: torch.Tensor, *rest: int, front: tuple[int, ...] = (), dtype: torch.dtype | None = None):
+    """Uninitialised (*front, B, L, *rest), batch and time in the memory order of outputs for the (B, L, ...) data x."""
+    (B, L), at = x.shape[:2], len(front)
+    if is_time_major(x):
+        return x.new_empty(*front, L, B, *rest, dtype=dtype).transpose(at, at + 1)
+    return x.new_empty(*front, B, L, *rest, dtype=dtype)
+
+
 def vmap_over_channels(function, info, in_dims, args, in_axes, out_axes):
     """Channels are independent: the mapped dimension joins them, and one call serves all. Only mapped arguments without
     channels, as packings are, loop.

@@ -68,7 +68,7 @@ class _DropIn(nn.RNNBase):
         self, x: Tensor, hx: State | None, *, time_first: bool = False, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         """Checked arguments, x (B, L, input_size) or, with time_first, (L, B, input_size) -> y, parts of hx."""
-        directions, all_weights, finals = 1 + self.bidirectional, self.all_weights, []
+        directions, all_weights, dtype, finals = 1 + self.bidirectional, self.all_weights, x.dtype, []
         for layer in range(self.num_layers):
             if layer and self.dropout:
                 x = F.dropout(x, self.dropout, self.training)
@@ -80,10 +80,18 @@ class _DropIn(nn.RNNBase):
                 outputs.append(y)
                 finals.append(final)
             x = y if directions == 1 else torch.cat(outputs, dim=-1)
-        return x, tuple(_stacked(parts).to(x.dtype) for parts in zip(*finals, strict=True))
+        return x, tuple(_stacked(parts).to(dtype) for parts in zip(*finals, strict=True))
 
-    def _direction(self, x, weights, state, reverse, time_first, cu_seqlens) -> tuple[Tensor, State]:
-        """One direction of a layer; `seqkern.rnn` with one head."""
+    def _direction(
+        self,
+        x: Tensor,
+        weights: list[Tensor],
+        state: State | None,
+        reverse: bool,
+        time_first: bool,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, State]:
+        """One direction of a layer: `seqkern.rnn` with one head."""
         w_ih, w_hh, *others = weights
         b_ih, b_hh = others[:2] if self.bias else (None, None)
         P, Q = self.hidden_size, w_hh.shape[1]
@@ -125,8 +133,9 @@ class _DropIn(nn.RNNBase):
         return parts[0]
 
     def extra_repr(self) -> str:
-        options = {name: getattr(self, name) for name in ("zoneout", "recurrent_dropout", "grad_clip")}
-        return super().extra_repr() + "".join(f", {name}={value}" for name, value in options.items() if value)
+        named = [(name, getattr(self, name)) for name in ("zoneout", "recurrent_dropout", "grad_clip")]
+        changed = [f", {name}={value}" for name, value in named if value != getattr(_DropIn, name)]
+        return super().extra_repr() + "".join(changed)
 
 
 def _stacked(finals: tuple[Tensor, ...]) -> Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._cells import State, parts_of, slstm_carried, slstm_published, slstm_token
 from .._recurrence import Recurrence, Tensors, widest
@@ -163,7 +164,7 @@ def mask(seed: Tensor, first: Tensor, heads: int, outputs: int, kind: int, proba
 
 
 class ClampGradient(torch.autograd.Function):
-    """The same numbers; their gradient is clamped, and so is what further derivatives see of it."""
+    """The same numbers; their gradient is clamped."""
 
     generate_vmap_rule = True
 
@@ -176,6 +177,7 @@ class ClampGradient(torch.autograd.Function):
         ctx.limit = inputs[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return grad.clamp(-ctx.limit, ctx.limit), None
 
@@ -191,7 +193,7 @@ class Cells(Recurrence):
         x, R, bias, proj: as the operator takes them, or None.
         initial_h, initial_c: carried, or None.
         reset, cu_seqlens, seed: as the operators take them, or None.
-        options: with its grad_clip, no derivative but the first is right by the methods of Recurrence.
+        options: of the call. Its grad_clip is for gradients of `run` alone.
         dtype: what everything is computed in; by default the dtype of states.
     """
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import vjp
 
 from .._cells import State, check_part, parts_of, state_rows
 from .._config import settings
@@ -28,12 +27,23 @@ from .._torch import (
     accumulator,
     autocast_operands,
     check_devices,
+    empty_tokens,
     forbid_grad,
+    is_time_major,
     needs_graph,
     requires_grad,
     vmap_over_channels,
 )
-from ._rnn import Cells, Options, carried, options_of, published, reference, reference_step, seed_of
+from ._rnn import (
+    Cells,
+    Options,
+    carried,
+    options_of,
+    published,
+    reference,
+    reference_step,
+    seed_of,
+)
 
 __all__ = ["reference", "reference_step", "register", "rnn", "rnn_step"]
 
@@ -95,7 +105,8 @@ def rnn(
         seed: of those random numbers: the same seed and sizes give the same ones. An int or a tensor of one int64 on
             the device of x; None draws one there from torch's generator.
         grad_clip: every element of the gradient that a token sends to the h before it is clamped to at most this size,
-            before the gradient of that h as an output is added. Nothing in the forward, and in forward mode.
+            before the gradient of that h as an output is added. It changes neither the forward nor forward mode; there
+            are no second derivatives with it.
         training: whether zoneout and recurrent_dropout draw random numbers.
         return_final_state: also return the state after the last token.
 
@@ -119,7 +130,7 @@ def rnn(
     (two of slstm, none of gru and elman) in the dtype of sums, are kept besides the inputs and h; no random number is.
     Second derivatives and forward mode are exact and slower, in plain torch operations, 32 tokens at a time: some
     twenty tensors (B, 32, H, G, P), and for second derivatives two states for every 32 tokens. Derivatives beyond the
-    second, and second ones with grad_clip, keep the intermediate values of all tokens.
+    second keep the intermediate values of all tokens.
 
     Example:
         >>> import torch, seqkern
@@ -224,10 +235,10 @@ class _Run(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         *inputs, _, _, _ = ctx.saved_tensors
-        x, call = inputs[0], _cells(inputs, ctx.options)
+        x, call = inputs[0], Cells(*inputs, ctx.options._replace(grad_clip=-1.0))
         ht, final_t = call.jvp(call.tangents(*tangents[:6]))
         ht = ht.to(x.dtype)
-        ht = ht.transpose(0, 1).contiguous().transpose(0, 1) if _time_major(x) else ht  # torch wants the strides of h
+        ht = ht.transpose(0, 1).contiguous().transpose(0, 1) if is_time_major(x) else ht  # torch wants the strides of h
         final = (final_t["h"], call.joined(final_t)) if ctx.return_final_state else ()
         return ht, *final, None, None
 
@@ -256,27 +267,17 @@ class _RunBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         """With v the cotangents, the map is the gradient of phi = <dh, h> + <dfinal, final>, so v^T of its Jacobian is
-        the gradient of the directional derivative of phi along v. With grad_clip it is the gradient of nothing."""
+        the gradient of the directional derivative of phi along v."""
+        dh, *dfinal = ctx.saved_tensors[:3]
         args = (*ctx.saved_tensors, *ctx.options, ctx.batch_invariant, ctx.want_weights)
-        if ctx.options.grad_clip >= 0:
-            function, tensors = _clamped(ctx)
-            grads = iter(vjp(function, *tensors)[1](_filled(cotangents, function(*tensors))))
-            grads = [None if t is None else next(grads) for t in args[:9]]
-        else:
-            g_dh, g_final, gradients = _second_order(ctx, _spread(cotangents, args))
-            g_final = (None if t is None else g for t, g in zip(args[1:3], g_final, strict=True))
-            grads = [g_dh.to(args[0].dtype), *g_final, *gradients]
-        return *grads, *[None] * 14
+        g_dh, g_final, gradients = _second_order(ctx, _spread(cotangents, args))
+        g_final = (None if t is None else g for t, g in zip(dfinal, g_final, strict=True))
+        return g_dh.to(dh.dtype), *g_final, *gradients, *[None] * 14
 
     @staticmethod
     def jvp(ctx, *tangents):
         """The map is linear in dh and dfinal, and a gradient, with a symmetric Jacobian, in the rest, of which h, u and
         c are a function."""
-        if ctx.options.grad_clip >= 0:
-            function, tensors = _clamped(ctx)
-            given = [t for t, like in zip(tangents[:9], ctx.saved_tensors, strict=False) if like is not None]
-            outputs, pull = vjp(function, *tensors)
-            return vjp(pull, tuple(map(torch.zeros_like, outputs)))[1](_filled(given, tensors))
         dh, *kept = ctx.saved_tensors
         *_, along = _second_order(ctx, tangents[3:9])
         dh_t = torch.zeros_like(dh) if tangents[0] is None else tangents[0]
@@ -326,61 +327,14 @@ def _spread(grads, args):
     return [None if t is None else next(rest) for t in (x, *weights, *state)]
 
 
-def _cells(inputs, options):
-    """The call whose derivatives are wanted: what is clamped is no derivative."""
-    return Cells(*inputs, options._replace(grad_clip=-1.0))
-
-
 def _second_order(ctx, tangents):
     """(the gradients of dh and of the final h and c, those of x, R, bias, proj, h and c)."""
+    if ctx.options.grad_clip >= 0:
+        raise RuntimeError("rnn: there are no second derivatives with grad_clip, which makes gradients that are none")
     dh, dfinal_h, dfinal_c, *inputs = ctx.saved_tensors[:12]
-    call = _cells(inputs, ctx.options)
+    call = Cells(*inputs, ctx.options)
     g_dh, g_final, gradients = call.second_order(call.tangents(*tangents), dh, call.final(dfinal_h, dfinal_c))
     return g_dh, (g_final["h"], call.joined(g_final)), call.gradients(gradients)
-
-
-def _clamped(ctx):
-    """(the backward with its grad_clip as a function of the tensors that it may be differentiated by, these)."""
-    saved = ctx.saved_tensors
-
-    def function(*tensors):
-        given = iter(tensors)
-        dh, dfinal_h, dfinal_c, *inputs = (None if t is None else next(given) for t in saved[:9])
-        names = [i for i, t in enumerate(inputs) if t is not None]
-
-        def run(*leaves):
-            arguments = list(inputs)
-            for i, leaf in zip(names, leaves, strict=True):
-                arguments[i] = leaf
-            call = Cells(*arguments, *saved[9:12], ctx.options)
-            h, final = call.run()
-            return h, final["h"], call.joined(final)
-
-        (h, *final), pull = vjp(run, *(inputs[i] for i in names))
-        dfinal = [torch.zeros_like(t) if d is None else d for d, t in zip((dfinal_h, dfinal_c), final, strict=True)]
-        grads = iter(pull((dh.to(h.dtype), *dfinal)))
-        of = [next(grads) if t is not None else None for t in inputs]
-        wanted = of if ctx.want_weights else [of[0], None, None, None, *of[4:]]
-        return tuple(grad for grad in wanted if grad is not None)
-
-    return function, [t for t in saved[:9] if t is not None]
-
-
-def _filled(tensors, likes):
-    return tuple(torch.zeros_like(like) if t is None else t for t, like in zip(tensors, likes, strict=True))
-
-
-def _time_major(x):
-    """Whether outputs for x have time before batch in memory."""
-    return x.shape[0] > 1 and x.shape[1] > 1 and x.stride(0) < x.stride(1)
-
-
-def _empty_tokens(x, *rest, front=(), dtype=None):
-    """Uninitialised (*front, B, L, *rest), batch and time in the memory order of x."""
-    (B, L), at = x.shape[:2], len(front)
-    if _time_major(x):
-        return x.new_empty(*front, L, B, *rest, dtype=dtype).transpose(at, at + 1)
-    return x.new_empty(*front, B, L, *rest, dtype=dtype)
 
 
 def register(namespace: str) -> None:
@@ -395,11 +349,11 @@ def register(namespace: str) -> None:
         check(x, R, bias, proj, initial_h, initial_c, reset, cu_seqlens, seed)
         *options, _, return_final_state, keep = options_and_wanted
         (_, _, H, G, P), Q, dtype = x.shape, R.shape[3], accumulator(x.dtype)
-        outputs, N, C = [_empty_tokens(x, H, Q)], num_states(x, cu_seqlens), len(Options(*options).of.carried)
+        outputs, N, C = [empty_tokens(x, H, Q)], num_states(x, cu_seqlens), len(Options(*options).of.carried)
         if return_final_state:
             outputs += [x.new_empty(N, H, Q, dtype=dtype), x.new_empty(C, N, H, P, dtype=dtype)]
         if keep:
-            outputs += [_empty_tokens(x, H, G, P), _empty_tokens(x, H, P, front=(C,), dtype=dtype)]
+            outputs += [empty_tokens(x, H, G, P), empty_tokens(x, H, P, front=(C,), dtype=dtype)]
         return outputs
 
     def bwd(dh, dfinal_h, dfinal_c, x, R, bias, proj, initial_h, initial_c, reset, cu_seqlens, seed, h, u, c, *options):
@@ -407,7 +361,7 @@ def register(namespace: str) -> None:
         check(x, R, bias, proj, initial_h, initial_c, reset, cu_seqlens, seed, **named)
         weights = (R, bias, proj) if options[-1] else ()
         given = (t for t in (*weights, initial_h, initial_c) if t is not None)
-        return [_empty_tokens(x, *x.shape[2:]), *(t.new_empty(t.shape) for t in given)]
+        return [empty_tokens(x, *x.shape[2:]), *(t.new_empty(t.shape) for t in given)]
 
     def step(state0, state1, state2, state3, x, R, bias, proj, state_indices, cell, zoneout):
         state = {"state's h": state0, "state's c": state1, "state's n": state2, "state's m": state3}
