@@ -138,7 +138,7 @@ def plain_rnn(x, R, bias, initial_state, *, cell, **absent):
     return torch.stack(outputs, dim=1).to(x.dtype)
 
 
-def plain_rnn_step(state, x, R, bias, *, cell):
+def plain_rnn_step(state, x, R, bias, *, cell, **absent):
     for old, new in zip(state, plain_rnn_token(state, x, R, bias, cell), strict=True):
         old.copy_(new)
     return state[0].to(x.dtype)

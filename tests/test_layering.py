@@ -13,7 +13,7 @@ OPERATORS = sorted(path.parent.name for path in CSRC.glob("*/op.cpp"))
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".h", ".cu", ".cuh"})
 FILES = ["README.md", "params.h", "tile.h", "cpu.cpp", "op.cpp"]
 FACING_TORCH = {"op.cpp", "op_step.cpp", "call.h", "check.h", "library.h", "parallel.cpp"}
-FACING_TORCH |= {"tensor.h", "tensor.cpp", "token_tensors.h"}
+FACING_TORCH |= {"op_call.h", "op_cuda.h", "op_weights.h", "tensor.h", "tensor.cpp", "token_tensors.h"}
 KERNELS = ["fwd*.cu", "bwd*.cu", "step*.cu"]
 
 

@@ -332,7 +332,7 @@ def test_uses_the_parameters_it_has(kind):
 
 
 def test_compiles_without_a_break(kind):
-    _, ours = pair(kind, 3, 4, 2, bidirectional=True, dtype=torch.float32)
+    _, ours = pair(kind, 3, 4, bidirectional=True, dtype=torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
     for length in (5, 7):

@@ -138,7 +138,7 @@ def published_slstm(tensors):
 
 @pytest.mark.parametrize("gates", [1, 40, 1000])
 @pytest.mark.parametrize("Q", [None, 3])
-def test_published_slstm(Q, gates, device):
+def test_published_slstm(Q, gates, device, one_thread):
     """Input gates whose exponentials overflow included: only ratios count."""
     tensors = draw("slstm", 2, tokens(60, 6), 2, 5, Q)
     tensors["x"][:, :, :, :2] *= gates
@@ -177,17 +177,23 @@ def test_an_empty_slstm_state(device):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=str)
-@pytest.mark.parametrize("cell", CELLS)
-def test_long_sequences(cell, dtype, tolerance, device):
-    """Of the float64 recurrence on the same numbers, outputs as they are and gradients relative to the largest."""
+@pytest.mark.parametrize("cell", ["lstm", "gru", "slstm", "elman_tanh"])
+def test_long_sequences(cell, dtype, tolerance, device, one_thread):
+    """Of the float64 recurrence on the same numbers, which are at most 1 large; gradients relative to the largest."""
+
+    def oracle(tensors):
+        return published_slstm(tensors) if cell == "slstm" else by_torch(tensors, cell)
+
     tensors = draw(cell, 1, tokens(16384, 20), 1, 16, dtype=dtype)
     wide = {name: tensor.double() for name, tensor in tensors.items()}
-    oracle = published_slstm if cell == "slstm" else lambda leaves: by_torch(leaves, cell)
-    actual, expected = results(tensors, cell=cell), results(wide, oracle)
-    names = ["output 0", "output 1", "dx", "dR", "dbias", "dh"]
-    for name in names:
-        scale = expected[name].abs().max() if name.startswith("d") else 1
-        assert (actual[name].double() - expected[name]).abs().max() <= tolerance * scale, name
+    with torch.no_grad():
+        assert (call(tensors, cell=cell)[0].double() - oracle(wide)[0]).abs().max() <= tolerance
+
+    tensors, wide = ({n: t[:, :2000] if n == "x" else t for n, t in given.items()} for given in (tensors, wide))
+    actual = results(tensors, lambda leaves: call(leaves, cell=cell)[:1])
+    for name, exact in results(wide, lambda leaves: oracle(leaves)[:1]).items():
+        if name != "dm":  # the oracle's scale is a constant
+            assert (actual[name].double() - exact).abs().max() <= tolerance * exact.abs().max(), name
 
 
 # B, H, P, Q
@@ -385,7 +391,7 @@ def with_hooks(tensors, cell, limit, zoneout):
 
 @pytest.mark.parametrize("limit", [0.0, 0.2])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "elman_tanh", "elman_relu"])
-def test_grad_clip(cell, limit, device):
+def test_grad_clip(cell, limit, device, one_thread):
     """Everything that a token sends back to h, before the gradient of that h as an output joins; nothing else."""
     tensors = draw(cell, 2, tokens(30, 6), 2, 5, None if cell == "gru" else 3)
     options = {"cell": cell, "zoneout": 0.3, "training": False}

@@ -133,6 +133,7 @@ struct Backward : Call<C, X, T> {
   [[gnu::always_inline]] V differentiate_output(const Strip& s, int64_t row, const OutputRow& of, int64_t i, int lanes,
                                                 V& to_old) const {
     const V dh = load<A>(of.carried + i) + load_lanes<A, kWhole>(of.dh + i, lanes);
+    fetch_ahead(of.dh + i, p.dh.l);
     if (of.operand) {
       V h = load_lanes<A, kWhole>(of.h + i, lanes);
       if (of.factors) h *= load<A>(of.factors + i);
@@ -171,14 +172,8 @@ struct Backward : Call<C, X, T> {
       multiply_panel<T>({a.projected + s.head * rows * Q_row, Q_row, 1},
                         panel(weights.projecting, head * unit_strips + s.first / kWide, s.count), s.sums, kWide, s.rows,
                         s.count, Q);
-    for (int64_t row = 0; row < s.rows; ++row) {
-      if (in.projects())
-        differentiate_row<true>(s, row, a);
-      else
-        differentiate_row<false>(s, row, a);
-    }
+    for (int64_t row = 0; row < s.rows; ++row) differentiate_row(s, row, a);
   }
-  template <bool kProj>
   [[gnu::noinline]] void differentiate_row(const Strip& s, int64_t row, const Arrays& a) const {
     const int64_t head = s.head_of_call(), place = s.head * rows + row;
     const auto of = [&](const auto& y, int64_t t) { return this->template at<X>(y, s.run(row), t, head, s.first); };
@@ -197,13 +192,15 @@ struct Backward : Call<C, X, T> {
       for (int g = 0; g < kG; ++g) {
         x_t[g] = load_lanes<A, kWhole>(x + g * p.x.g + i, lanes);
         u_t[g] = load_lanes<A, kWhole>(u + g * p.u.g + i, lanes);
+        fetch_ahead(x + g * p.x.g + i, p.x.l), fetch_ahead(u + g * p.u.g + i, p.u.l);
       }
       for (int k = 0; k < kC; ++k) {
         c_t[k] = load_lanes<A, kWhole>(c + k * c_part + i, lanes);
+        fetch_ahead(c + k * c_part + i, p.c.l);
         dc_t[k] = load<A>(dc + k * P_room + i);
       }
       if constexpr (C::kReadsH) h = load_lanes<A, kWhole>(outputs.h + i, lanes);
-      if constexpr (kProj)
+      if (in.projects())
         dm = load<A>(s.sums + row * kWide + i);
       else
         dm = differentiate_output<kWhole>(s, row, outputs, i, lanes, to_old);
@@ -214,17 +211,13 @@ struct Backward : Call<C, X, T> {
       }
       if constexpr (C::kTwoSides) store_lanes<A, kWhole>(du_last + i, du_t[kG - 1], lanes);
       for (int k = 0; k < kC; ++k) store<A>(dc + k * P_room + i, dc_t[k]);
-      if constexpr (kProj) {
-        if (m) store_lanes<A, kWhole>(m + i, C::step(x_t, u_t, h, c_t), lanes);
-      } else if (direct) {
-        store<A>(outputs.carried + i, to_old + to_h);
-      }
+      if (m) store_lanes<A, kWhole>(m + i, C::step(x_t, u_t, h, c_t), lanes);
+      if (direct && !in.projects()) store<A>(outputs.carried + i, to_old + to_h);
     });
   }
 
   // [return]
   void pass_back(const Strip& s, const Weights& weights, const Arrays& a) const {
-    prefetch(s);
     const Left<T> du = {a.du[s.t % 2] + s.head * rows * gates_row, gates_row, 1};
     const Right<T> R = panel(weights.returning, s.head_of_call() * output_strips + s.first / kWide, s.count);
     const int64_t place = s.head * rows * Q_row + s.first;
@@ -252,24 +245,12 @@ struct Backward : Call<C, X, T> {
       for (int64_t i = 0; i < s.count; i += kLanes<A>) body(row, i);
   }
 
-  // What the next strip of tokens reads is on its way during the product: processors do not foresee rows that go back
-  // in time.
-  void prefetch(const Strip& s) const {
-    if (s.t == 0 || in.projects()) return;
-    constexpr int64_t kLine = 64;
-    const auto fetch = [&](const void* from, int64_t bytes) {
-      for (int64_t byte = 0; byte < bytes; byte += kLine) prefetch_read(from, byte);
-    };
-    const int64_t head = s.head_of_call(), bytes = s.count * static_cast<int64_t>(sizeof(X));
-    for (int64_t row = 0; row < s.rows; ++row) {
-      const auto of = [&](const auto& y) { return this->template at<X>(y, s.run(row), s.t - 1, head, s.first); };
-      for (int g = 0; g < kG; ++g) fetch(of(p.x) + g * p.x.g, bytes), fetch(of(p.u) + g * p.u.g, bytes);
-      fetch(of(p.dh), bytes);
-      if (s.t < 2) continue;
-      const A* const c = this->template at<A>(p.c, s.run(row), s.t - 2, head, s.first);
-      for (int k = 0; k < kC; ++k) fetch(c + k * p.c.c, s.count * static_cast<int64_t>(sizeof(A)));
-    }
+  // What lies there of a token that comes soon: processors do not foresee rows that go back in time.
+  template <class E>
+  void fetch_ahead(const E* from, int64_t token) const {
+    prefetch_read(from, (in.sequences.reverse ? kAhead : -kAhead) * token * static_cast<int64_t>(sizeof(E)));
   }
+  static constexpr int64_t kAhead = 2;  // tokens
 
   // ---- weights: panels of `strips` strips of the columns of (H, k, columns)
 

@@ -157,10 +157,14 @@ struct Call {
     qsort(runs_, static_cast<size_t>(in.num_runs), sizeof *runs_, longest_first);
   }
 
-  // Operands from the take() of InScratch, which counts in accumulators.
+  // Anything from the take() of InScratch, which counts in accumulators.
+  template <class Any, class Take>
+  static Any* take_any(const Take& take, int64_t count) {
+    return reinterpret_cast<Any*>(take(ceil_div(count * static_cast<int64_t>(sizeof(Any)), sizeof(A))));
+  }
   template <class Take>
   static T* take_operands(const Take& take, int64_t count) {
-    return reinterpret_cast<T*>(take(ceil_div(count * static_cast<int64_t>(sizeof(T)), sizeof(A))));
+    return take_any<T>(take, count);
   }
 
   // ---- who does what

@@ -36,12 +36,20 @@ struct Forward : Call<C, X, T> {
     }
   };
 
+  // Where the numbers of a row's next token lie: those of the walk's first head.
+  struct Place {
+    const X* x;
+    X *u, *h;
+    A* c;
+  };
+
   struct Arrays {
     A* h;           // (heads, rows, Q)
     A* c;           // (C, heads, rows, P)
     A* factors;     // (heads, rows, Q): of [dropout]
     T* operand[2];  // (heads, rows, Q): h_{t-1} of even t, and of odd t; with proj h, and m (heads, rows, P)
     A* sums;        // (members, rows, kWide): products of a strip
+    Place* places;  // (members, rows)
 
     template <class Take>
     void allocate(const Forward& call, const Take& take) {
@@ -50,6 +58,7 @@ struct Forward : Call<C, X, T> {
       operand[0] = Base::take_operands(take, call.Q_room);
       operand[1] = Base::take_operands(take, call.in.projects() ? call.P_room : call.Q_room);
       sums = take(call.plan.team * call.rows * kWide);
+      places = Base::template take_any<Place>(take, call.plan.team * call.rows);
     }
     void clear(const Forward& call) {  // paddings that products read
       __builtin_memset(operand[0], 0, call.Q_room * sizeof(T));
@@ -65,26 +74,45 @@ struct Forward : Call<C, X, T> {
   }
 
   void walk(const Walk& w, const Weights& weights, const Arrays& a) const {
+    Place* const places = a.places + w.member.index * rows;
+    for (int64_t row = 0; row < w.tile.count; ++row) places[row] = first_place(w.tile.run(row), w.head);
     load_states(w, a);
     w.member.wait();
     int64_t active = w.tile.count;
     for (int64_t t = 0; t < w.tile.longest(); ++t) {
       active = w.tile.active(t, active);
-      const T* const before = in.projects() ? a.operand[0] : a.operand[t % 2];
-      T* const after = in.projects() ? a.operand[0] : a.operand[(t + 1) % 2];
-      this->for_each_strip(w, strips, [&](int64_t head, int64_t strip) {
-        const Strip s{w, head, strip * kStrip, t, active, a.sums + w.member.index * rows * kWide};
-        recur(s, before, weights, a, in.projects() ? a.operand[1] : after);
-      });
-      w.member.wait();
-      if (!in.projects()) continue;
-      this->for_each_strip(w, this->output_strips, [&](int64_t head, int64_t strip) {
-        const Strip s{w, head, strip * kWide, t, active, a.sums + w.member.index * rows * kWide};
-        project(s, weights, a, after);
-      });
-      w.member.wait();
+      const auto for_all = [&](int64_t count, int64_t size, const auto& body) {
+        this->for_each_strip(w, count, [&](int64_t head, int64_t strip) {
+          body(Strip{w, head, strip * size, t, active, a.sums + w.member.index * rows * kWide, places});
+        });
+        w.member.wait();
+      };
+      if (in.projects()) {
+        for_all(strips, kStrip, [&](const Strip& s) { recur(s, a.operand[0], weights, a, a.operand[1]); });
+        for_all(this->output_strips, kWide, [&](const Strip& s) { project(s, weights, a, a.operand[0]); });
+      } else {
+        for_all(strips, kStrip,
+                [&](const Strip& s) { recur(s, a.operand[t % 2], weights, a, a.operand[(t + 1) % 2]); });
+      }
+      for (int64_t row = 0; row < active; ++row) move_on(places[row]);
     }
     store_states(w, a);
+  }
+
+  Place first_place(const Run& run, int64_t head) const {
+    const auto of = [&]<class E>(const auto& x) { return x ? this->template at<E>(x, run, 0, head, 0) : nullptr; };
+    return {
+      of.template operator()<const X>(in.x),
+      of.template operator()<X>(p.u),
+      of.template operator()<X>(p.h),
+      of.template operator()<A>(p.c)
+    };
+  }
+  void move_on(Place& place) const {
+    const int64_t step = in.sequences.reverse ? -1 : 1;
+    place.x += step * in.x.l, place.h += step * p.h.l;
+    if (p.u) place.u += step * p.u.l;
+    if (p.c) place.c += step * p.c.l;
   }
 
   // A strip of a head at t: units or outputs from `first` on, of so many rows.
@@ -92,13 +120,14 @@ struct Forward : Call<C, X, T> {
     const Walk& w;
     int64_t head, first, t, rows;
     A* sums;  // (rows, kWide)
+    const Place* places;
 
     int64_t head_of_call() const { return w.head + head; }
   };
 
   // [recur] [cell]; `after`: where m goes, or h without proj.
   void recur(const Strip& s, const T* before, const Weights& weights, const Arrays& a, T* after) const {
-    prefetch(s);
+    for (int64_t row = 0; row < at_most(kAhead, s.rows); ++row) prefetch(s, row);
     const int64_t panel = s.head_of_call() * strips + s.first / kStrip;
     multiply_panel<T>({before + s.head * rows * Q_row, Q_row, 1}, weights.recurrent[panel], s.sums, kWide, s.rows,
                       kG * kStrip, Q);
@@ -107,49 +136,47 @@ struct Forward : Call<C, X, T> {
                        [&]<bool kWhole>(int64_t i, int lanes) { apply_cell<kWhole>(s, i, lanes, bias, a, after); });
   }
 
-  // The gates of a strip are on their way while it is multiplied: processors do not foresee rows that lie apart.
-  void prefetch(const Strip& s) const {
+  // The gates of a strip's first rows are on their way while it is multiplied, and those of others while the cells of
+  // rows before are computed: processors do not foresee rows that lie apart, and many of them find no room in a cache.
+  void prefetch(const Strip& s, int64_t row) const {
     constexpr int64_t kLine = 64;
     const int64_t bytes = at_most(kStrip, P - s.first) * static_cast<int64_t>(sizeof(X));
-    for (int64_t row = 0; row < s.rows; ++row) {
-      const X* const x = this->template at<const X>(in.x, s.w.tile.run(row), s.t, s.head_of_call(), s.first);
-      for (int g = 0; g < kG; ++g)
-        for (int64_t byte = 0; byte < bytes; byte += kLine) prefetch_read(x + g * in.x.g, byte);
-    }
+    const X* const x = s.places[row].x + s.head * in.x.h + s.first;
+    for (int g = 0; g < kG; ++g)
+      for (int64_t byte = 0; byte < bytes; byte += kLine) prefetch_read(x + g * in.x.g, byte);
   }
+  static constexpr int64_t kAhead = 8;  // rows
 
   // Of the vector of units from s.first + i on, in all rows.
   template <bool kWhole>
   [[gnu::noinline]] void apply_cell(const Strip& s, int64_t i, int lanes, const A* bias, const Arrays& a,
                                     T* after) const {
-    const int64_t head = s.head_of_call(), unit = s.first + i;
+    const int64_t unit = s.first + i, x_place = s.head * in.x.h + unit, u_place = s.head * p.u.h + unit;
+    const int64_t c_place = s.head * p.c.h + unit, x_gate = in.x.g, u_gate = p.u.g, c_part = p.c.c;
+    const bool keep_u{p.u}, keep_c = kC > 0 && p.c, projects = in.projects();
+    const A* sums = s.sums + i;
+    A* of_c = a.c + s.head * rows * P_row + unit;
     V b[kG];
     for (int g = 0; g < kG; ++g) b[g] = load<A>(bias + g * kStrip + i);
-    for (int64_t row = 0; row < s.rows; ++row) {
-      const Run& run = s.w.tile.run(row);
-      const int64_t place = s.head * rows + row;
-      const X* const x = this->template at<const X>(in.x, run, s.t, head, unit);
-      V x_t[kG], u_t[kG];
+    for (int64_t row = 0; row < s.rows; ++row, sums += kWide, of_c += P_row) {
+      if (row + kAhead < s.rows) prefetch(s, row + kAhead);
+      const Place& place = s.places[row];
+      V x_t[kG], u_t[kG], h{};
       for (int g = 0; g < kG; ++g) {
-        x_t[g] = load_lanes<A, kWhole>(x + g * in.x.g, lanes);
-        u_t[g] = load<A>(s.sums + row * kWide + g * kStrip + i) + b[g];
+        x_t[g] = load_lanes<A, kWhole>(place.x + x_place + g * x_gate, lanes);
+        u_t[g] = load<A>(sums + g * kStrip) + b[g];
       }
-      if (p.u) {
-        X* const u = this->template at<X>(p.u, run, s.t, head, unit);
-        for (int g = 0; g < kG; ++g) store_lanes<A, kWhole>(u + g * p.u.g, u_t[g], lanes);
-      }
+      if (keep_u)
+        for (int g = 0; g < kG; ++g) store_lanes<A, kWhole>(place.u + u_place + g * u_gate, u_t[g], lanes);
       Carried c;
-      A* const c_place = a.c + place * P_row + unit;
-      for (int k = 0; k < kC; ++k) c[k] = load<A>(c_place + k * P_room);
-      const V h = C::kReadsH ? load<A>(a.h + place * Q_row + unit) : V{};
+      for (int k = 0; k < kC; ++k) c[k] = load<A>(of_c + k * P_room);
+      if constexpr (C::kReadsH) h = load<A>(a.h + (s.head * rows + row) * Q_row + unit);
       const V m = C::step(x_t, u_t, h, c);
-      for (int k = 0; k < kC; ++k) store<A>(c_place + k * P_room, c[k]);
-      if (kC > 0 && p.c) {
-        A* const to = this->template at<A>(p.c, run, s.t, head, unit);
-        for (int k = 0; k < kC; ++k) store_lanes<A, kWhole>(to + k * p.c.c, c[k], lanes);
-      }
-      if (in.projects())
-        store_lanes<A, kWhole>(after + place * P_row + unit, m, lanes);
+      for (int k = 0; k < kC; ++k) store<A>(of_c + k * P_room, c[k]);
+      if (keep_c)
+        for (int k = 0; k < kC; ++k) store_lanes<A, kWhole>(place.c + c_place + k * c_part, c[k], lanes);
+      if (projects)
+        store_lanes<A, kWhole>(after + (s.head * rows + row) * P_row + unit, m, lanes);
       else
         finish<kWhole>(s, row, unit, lanes, m, a, after);
     }
@@ -166,23 +193,21 @@ struct Forward : Call<C, X, T> {
     });
   }
 
-  // [zoneout] of the new value of a vector of outputs, which goes to memory, is carried, and is what the product of the
-  // next token reads [dropout].
+  // A new value of a vector of outputs [zoneout] goes to memory, is carried, and is what the product of the next token
+  // reads [dropout].
   template <bool kWhole>
-  void finish(const Strip& s, int64_t row, int64_t output, int lanes, V h, const Arrays& a, T* after) const {
-    const Run& run = s.w.tile.run(row);
-    const int64_t place = (s.head * rows + row) * Q_row + output;
-    if (in.zones()) {
-      const V old = load<A>(a.h + place);
-      if (in.training)
-        h = select(this->kept(run, s.t, s.head_of_call(), output) != 0, old, h);
-      else
-        h = madd(splat(static_cast<A>(in.zoneout)), old - h, h);
-    }
-    store_lanes<A, kWhole>(this->template at<X>(p.h, run, s.t, s.head_of_call(), output), h, lanes);
-    store<A>(a.h + place, h);
-    if (in.drops()) h *= load<A>(a.factors + place);
-    store_lanes<A, kWhole>(after + place, h, lanes);
+  [[gnu::always_inline]] void finish(const Strip& s, int64_t row, int64_t output, int lanes, V h, const Arrays& a,
+                                     T* after) const {
+    const int64_t at = (s.head * rows + row) * Q_row + output;
+    if (in.zones()) h = zone_out(s, row, output, load<A>(a.h + at), h);
+    store_lanes<A, kWhole>(s.places[row].h + s.head * p.h.h + output, h, lanes);
+    store<A>(a.h + at, h);
+    if (in.drops()) h *= load<A>(a.factors + at);
+    store_lanes<A, kWhole>(after + at, h, lanes);
+  }
+  V zone_out(const Strip& s, int64_t row, int64_t output, V old, V h) const {
+    if (!in.training) return madd(splat(static_cast<A>(in.zoneout)), old - h, h);
+    return select(this->kept(s.w.tile.run(row), s.t, s.head_of_call(), output) != 0, old, h);
   }
 
   void load_states(const Walk& w, const Arrays& a) const {

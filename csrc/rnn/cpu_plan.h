@@ -22,13 +22,17 @@ struct CpuPlan {
 
 constexpr int64_t kMostRows = 64;           // their operands stay in the second-level cache, beside a strip of weights
 constexpr int64_t kCachedBytes = 3 << 19;   // weights that do as well
-constexpr int64_t kFewBytes = 1 << 16;      // weights that are read as fast as a team meets
 constexpr int64_t kFewRows = 4;             // that weights are read for as fast as they are multiplied
+constexpr int64_t kFewBytes = 1 << 16;      // weights that are read as fast as a team meets
+constexpr int64_t kMemberBytes = 3 << 14;   // weights worth another member of a team
 constexpr int64_t kWorkOfThread = 1 << 19;  // multiplications worth another thread
-constexpr int64_t kTeamBytes = 3 << 15;     // weights worth a team
 
 constexpr int64_t greatest_divisor(int64_t a, int64_t b) {
   return b == 0 ? a : greatest_divisor(b, a % b);
+}
+// Rows of tiles that are equally large, at most kMostRows.
+constexpr int64_t rows_of_tile(int64_t rows) {
+  return ceil_div(rows, ceil_div(rows, kMostRows));
 }
 
 // `operand`: bytes of a number of the weights as they are multiplied.
@@ -39,14 +43,11 @@ constexpr CpuPlan cpu_plan(const Inputs& in, int64_t operand, int64_t threads) {
   threads = at_least(1, at_most(threads, tokens * heads * weights / kWorkOfThread));
   // The fewest tiles of a head that give every thread as many as the others.
   const int64_t at_once = at_most(threads / greatest_divisor(heads, threads), runs);
-  const int64_t rows = ceil_div(runs, at_once);
-  const bool whole_heads = at_once == 1 || heads >= 4 * threads;
-  if (threads == 1 || (whole_heads && heads >= threads)) return {at_most(runs, kMostRows), 1, 1};
-  const bool enough = heads * at_once >= threads;
-  if (enough && bytes <= kCachedBytes && (rows >= kFewRows || bytes <= kFewBytes))
-    return {at_most(rows, kMostRows), at_once, 1};
-  if (heads * bytes <= kTeamBytes) return {at_most(rows, kMostRows), at_once, 1};
-  return {at_most(runs, kMostRows), 1, threads};
+  if (heads >= (at_once == 1 ? 1 : 4) * threads) return {rows_of_tile(runs), 1, 1};
+  const int64_t rows = ceil_div(runs, at_once), team = at_most(threads, heads * bytes / kMemberBytes);
+  const bool apart = heads * at_once >= threads && bytes <= kCachedBytes && (rows >= kFewRows || bytes <= kFewBytes);
+  if (apart || team <= 1) return {rows_of_tile(rows), at_once, 1};
+  return {rows_of_tile(runs), 1, team};
 }
 
 }  // namespace

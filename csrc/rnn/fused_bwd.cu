@@ -32,11 +32,19 @@ struct RowsOfTransposedR {
   }
 };
 
-// What a thread reads of tokens on their way, in places of its own in shared memory: nobody waits for anybody.
+// What a thread reads of a token of one of its rows.
+template <int kCell, typename T>
+struct Given {
+  Pair<T> x[CellOf<kCell>::kGates], u[CellOf<kCell>::kGates], dh, h;  // x_t, u_t, dh_t, h_{t-1}
+  Pair<float> c[kNumbers<kCell>];                                     // c_{t-1}
+};
+
+// Such tokens on their way, in places of each thread's own in shared memory: nobody waits for anybody. The pairs of a
+// warp lie side by side: (warps, ahead, 2, pairs of a token, 32).
 template <int kCell, typename T>
 struct Ring {
   static constexpr int kGates = CellOf<kCell>::kGates, kCarried = CellOf<kCell>::kCarried;
-  enum Which { kX, kU = kGates, kDh = 2 * kGates, kH, kPairs };  // x, u, dh_t, h_{t-1}; c_{t-1} follows
+  enum Which { kX, kU = kGates, kDh = 2 * kGates, kH, kPairs };  // c_{t-1} follows
   static constexpr int kBytes = kPairs * sizeof(Pair<T>) + kCarried * sizeof(Pair<float>);
   static_assert(2 * kBytes == token_bytes_bwd(kGates, kCarried, sizeof(T)));
 
@@ -46,7 +54,7 @@ struct Ring {
   int ahead;  // 1, 2 or 4 tokens
   bool paired;
   Track<T, GateData> x{p.x, place, shared.begins[0]}, u{p.u, place, shared.begins[1]};
-  Track<T, TokenData> dh_t{p.dh, place, shared.begins[2]}, h{p.h, place, shared.begins[3]};
+  Track<T, TokenData> dh{p.dh, place, shared.begins[2]}, h{p.h, place, shared.begins[3]};
   Track<float, CarriedData> c{p.c, place, shared.begins[4]};
 
   __device__ __forceinline__ void fetch(int i) const {
@@ -65,31 +73,23 @@ struct Ring {
     else
       wait_copies<3>();
   }
-
-  // Of row j, and of unit e of it.
-  __device__ __forceinline__ void take_h(float (&h)[2], int i, int j) const {
-    const Pair<T> taken = *pair(i, j, kH);
-    h[0] = to<float>(taken[0]), h[1] = to<float>(taken[1]);
-  }
-  __device__ __forceinline__ void take(float (&x)[kGates], float (&u)[kGates], float (&c)[kNumbers<kCell>], int i,
-                                       int j, int e) const {
+  __device__ __forceinline__ Given<kCell, T> take(int i, int j) const {
+    Given<kCell, T> given = {};
 #pragma unroll
-    for (int g = 0; g < kGates; ++g) {
-      x[g] = to<float>((*pair(i, j, kX + g))[e]);
-      u[g] = to<float>((*pair(i, j, kU + g))[e]);
-    }
+    for (int g = 0; g < kGates; ++g) given.x[g] = *pair(i, j, kX + g), given.u[g] = *pair(i, j, kU + g);
+    given.dh = *pair(i, j, kDh), given.h = *pair(i, j, kH);
 #pragma unroll
-    for (int number = 0; number < kCarried; ++number) c[number] = (*carried(i, j, number))[e];
+    for (int number = 0; number < kCarried; ++number) given.c[number] = *carried(i, j, number);
+    return given;
   }
-  __device__ __forceinline__ float dh(int i, int j, int e) const { return to<float>((*pair(i, j, kDh))[e]); }
 
  private:
   template <typename U>
   __device__ __forceinline__ Pair<U>* at(int i, int j, int bytes) const {
-    const int token = (i & (ahead - 1));
-    auto* const of_block =
-        reinterpret_cast<unsigned char*>(shared.ring) + ((token * 2 + j) * kBytes + bytes) * blockDim.x;
-    return reinterpret_cast<Pair<U>*>(of_block) + threadIdx.x;
+    const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, token = i & (ahead - 1);
+    auto* const of_token =
+        reinterpret_cast<unsigned char*>(shared.ring) + (warp * ahead + token) * 2 * kBytes * kWarpSize;
+    return reinterpret_cast<Pair<U>*>(of_token + (j * kBytes + bytes) * kWarpSize) + lane;
   }
   __device__ __forceinline__ Pair<T>* pair(int i, int j, int which) const {
     return at<T>(i, j, which * sizeof(Pair<T>));
@@ -100,12 +100,20 @@ struct Ring {
 
   __device__ __forceinline__ void fetch(int i, int j) const {
     const T *from_x = x.at(j, i), *from_u = u.at(j, i);
+    if (paired) {
+#pragma unroll
+      for (int g = 0; g < kGates; ++g, from_x += p.x.g, from_u += p.u.g) {
+        fetch_pair(pair(i, j, kX + g), from_x, place.exist, true);
+        fetch_pair(pair(i, j, kU + g), from_u, place.exist, true);
+      }
+    } else {
 #pragma unroll 1
-    for (int g = 0; g < kGates; ++g, from_x += p.x.g, from_u += p.u.g) {
-      fetch_pair(pair(i, j, kX + g), from_x, place.exist, paired);
-      fetch_pair(pair(i, j, kU + g), from_u, place.exist, paired);
+      for (int g = 0; g < kGates; ++g, from_x += p.x.g, from_u += p.u.g) {
+        fetch_pair(pair(i, j, kX + g), from_x, place.exist, false);
+        fetch_pair(pair(i, j, kU + g), from_u, place.exist, false);
+      }
     }
-    fetch_pair(pair(i, j, kDh), dh_t.at(j, i), place.exist, paired);
+    fetch_pair(pair(i, j, kDh), dh.at(j, i), place.exist, paired);
     if (i > 0) {
       fetch_pair(pair(i, j, kH), h.at(j, i - 1), place.exist, paired);
       const float* from_c = c.at(j, i - 1);
@@ -156,6 +164,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   }
   const uint32_t never_read = dropped(p, place);  // of h, by products
   const float scale = dropout_scale(p), share = zoneout_share(p);
+  const float limit = p.grad_clip < 0 ? __builtin_inff() : static_cast<float>(p.grad_clip);
   const bool paired = cuda::paired<T>(p.x, p.x.g) && cuda::paired<T>(p.u, p.u.g) && cuda::paired<T>(p.dh) &&
                       cuda::paired<T>(p.h) && cuda::paired<float>(p.c, p.c.c) && cuda::paired<T>(p.dx, p.dx.g) &&
                       cuda::paired<T>(p.du_last) && cuda::paired<T>(p.operand);
@@ -175,19 +184,23 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
       for (int j = 0; j < 2; ++j) {  // [adjoint]
         if (i >= place.rows[j].tokens) continue;
         anew[j] = starts_anew(p, place, j, i);
+        const Given<kCell, T> given = ring.take(i, j);
         float h[2], dx[2][kGates], du[2][kGates];
-        ring.take_h(h, i, j);
-        if (anew[j]) h[0] = h[1] = 0.0f;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) h[e] = anew[j] ? 0.0f : to<float>(given.h[e]);
         if (p.operand) {
           const auto read = [&](int e) { return happened(never_read, e, j) ? 0.0f : h[e] * scale; };
           put_pair(operand.at(j, i), read(0), read(1), place.exist, paired);
         }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float x[kGates], u[kGates], c[kNumbersOfC] = {};
-          ring.take(x, u, c, i, j, e);
+          float x[kGates], u[kGates], c[kNumbersOfC];
+#pragma unroll
+          for (int g = 0; g < kGates; ++g) x[g] = to<float>(given.x[g][e]), u[g] = to<float>(given.u[g][e]);
+#pragma unroll
+          for (int number = 0; number < kNumbersOfC; ++number) c[number] = given.c[number][e];
           if (anew[j]) Cell::empty(c);
-          const float dh = gradient[j].h[e] + ring.dh(i, j, e);
+          const float dh = gradient[j].h[e] + to<float>(given.dh[e]);
           const float dm = happened(stays, e, j) ? 0.0f : (1.0f - share) * dh;
           direct[j][e] = happened(stays, e, j) ? dh : share > 0.0f ? share * dh : 0.0f;
           direct[j][e] += with_cell<kCell>(
@@ -221,7 +234,7 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
       for (int e = 0; e < 2; ++e) {
         const float returned = happened(never_read, e, j) ? 0.0f : sum_of(sum[0], e, j) * scale;
         const float sent = anew[j] ? 0.0f : direct[j][e] + returned;
-        gradient[j].h[e] = p.grad_clip < 0 ? sent : clamped(sent, static_cast<float>(p.grad_clip));
+        gradient[j].h[e] = clamped(sent, limit);
       }
     }
   }

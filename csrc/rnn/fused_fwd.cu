@@ -81,11 +81,10 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
   State<kCell> state[2];
   state[0].begin(p, place, 0), state[1].begin(p, place, 1);
   const uint32_t unseen = dropped(p, place);
-  const float scale = dropout_scale(p), share = zoneout_share(p);
   // The state that token `i` is to see, and what its product reads.
   const auto hand_on = [&](int i, int j) {
     if (i < place.rows[j].tokens && starts_anew(p, place, j, i)) state[j].clear();
-    const auto seen = [&](int e) { return happened(unseen, e, j) ? 0.0f : state[j].h[e] * scale; };
+    const auto seen = [&](int e) { return happened(unseen, e, j) ? 0.0f : state[j].h[e] * fused.dropout_scale; };
     shared.operand(i).put(place.row + j, place.unit, seen(0), seen(1));
   };
   __syncthreads();
@@ -102,34 +101,44 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     wait_copies<kAhead - 1>();
     const uint32_t old = kept(p, place, i);
 
+    // All that a thread owns side by side, rows that have ended as well: each waits long for itself.
+    float u_t[2][2][kGates];
+    State<kCell> next[2] = {state[0], state[1]};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const bool exists = i < place.rows[j].tokens;
-      float u_t[2][kGates];
+      Pair<T> given[kGates];
+#pragma unroll
+      for (int g = 0; g < kGates; ++g) given[g] = *slot(i, j, g);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        float x_t[kGates], c_t[kNumbers<kCell>];
+        float x_t[kGates];
 #pragma unroll
-        for (int g = 0; g < kGates; ++g) {
-          x_t[g] = to<float>((*slot(i, j, g))[e]);
-          u_t[e][g] = sum_of(sum[g], e, j);
-        }
-#pragma unroll
-        for (int number = 0; number < kNumbers<kCell>; ++number) c_t[number] = state[j].c[e][number];
-        const float h_t = with_cell<kCell>(p.cell, [&](auto cell) {  // [cell]
-          return decltype(cell)::step(x_t, u_t[e], state[j].h[e], c_t);
+        for (int g = 0; g < kGates; ++g) x_t[g] = to<float>(given[g][e]), u_t[j][e][g] = sum_of(sum[g], e, j);
+        next[j].h[e] = with_cell<kCell>(p.cell, [&](auto cell) {  // [cell]
+          return decltype(cell)::step(x_t, u_t[j][e], state[j].h[e], next[j].c[e]);
         });
-        if (exists) {
-          state[j].h[e] = happened(old, e, j) ? state[j].h[e] : share > 0.0f ? fmaf(share, state[j].h[e] - h_t, h_t) : h_t;
+      }
+    }
+    if (p.zones()) {
 #pragma unroll
-          for (int number = 0; number < kNumbers<kCell>; ++number) state[j].c[e][number] = c_t[number];
+      for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float before = state[j].h[e], now = next[j].h[e];
+          next[j].h[e] = happened(old, e, j) ? before : p.training ? now : fmaf(fused.zoneout_share, before - now, now);
         }
       }
-      if (exists) {
+    }
+
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (i < place.rows[j].tokens) {
+        state[j] = next[j];
         put_pair(h.at(j, i), state[j].h[0], state[j].h[1], place.exist, paired);
         if (p.u) {
 #pragma unroll
-          for (int g = 0; g < kGates; ++g) put_pair(u.at(j, i, g * p.u.g), u_t[0][g], u_t[1][g], place.exist, paired);
+          for (int g = 0; g < kGates; ++g)
+            put_pair(u.at(j, i, g * p.u.g), u_t[j][0][g], u_t[j][1][g], place.exist, paired);
         }
         if (p.c) {
           state[j].each_number([&](int number, const float(&pair)[2]) {
@@ -165,24 +174,15 @@ template <Cell kCell, typename T, int kMostWarps>
 constexpr Instance kInstance = {kCell, kDType<T>, kMostWarps, fwd_kernel<static_cast<int>(kCell), T, kMostWarps>};
 
 constexpr Instance kInstances[] = {
-    kInstance<Cell::kLstm, __nv_bfloat16, kFewWarps>,
-    kInstance<Cell::kLstm, __nv_bfloat16, kManyWarps>,
-    kInstance<Cell::kLstm, __half, kFewWarps>,
-    kInstance<Cell::kLstm, __half, kManyWarps>,
-    kInstance<Cell::kLstm, float, kFewWarps>,
-    kInstance<Cell::kGru, __nv_bfloat16, kFewWarps>,
-    kInstance<Cell::kGru, __nv_bfloat16, kManyWarps>,
-    kInstance<Cell::kGru, __half, kFewWarps>,
-    kInstance<Cell::kGru, __half, kManyWarps>,
-    kInstance<Cell::kGru, float, kFewWarps>,
-    kInstance<Cell::kSlstm, __nv_bfloat16, kFewWarps>,
-    kInstance<Cell::kSlstm, __nv_bfloat16, kManyWarps>,
-    kInstance<Cell::kSlstm, __half, kFewWarps>,
-    kInstance<Cell::kSlstm, __half, kManyWarps>,
-    kInstance<Cell::kSlstm, float, kFewWarps>,
-    kInstance<Cell::kElmanTanh, __nv_bfloat16, kManyWarps>,
-    kInstance<Cell::kElmanTanh, __half, kManyWarps>,
-    kInstance<Cell::kElmanTanh, float, kFewWarps>,
+    kInstance<Cell::kLstm, __nv_bfloat16, kFewWarps>,  kInstance<Cell::kLstm, __nv_bfloat16, kManyWarps>,
+    kInstance<Cell::kLstm, __half, kFewWarps>,         kInstance<Cell::kLstm, __half, kManyWarps>,
+    kInstance<Cell::kLstm, float, kFewWarps>,          kInstance<Cell::kGru, __nv_bfloat16, kFewWarps>,
+    kInstance<Cell::kGru, __nv_bfloat16, kManyWarps>,  kInstance<Cell::kGru, __half, kFewWarps>,
+    kInstance<Cell::kGru, __half, kManyWarps>,         kInstance<Cell::kGru, float, kFewWarps>,
+    kInstance<Cell::kSlstm, __nv_bfloat16, kFewWarps>, kInstance<Cell::kSlstm, __nv_bfloat16, kManyWarps>,
+    kInstance<Cell::kSlstm, __half, kFewWarps>,        kInstance<Cell::kSlstm, __half, kManyWarps>,
+    kInstance<Cell::kSlstm, float, kFewWarps>,         kInstance<Cell::kElmanTanh, __nv_bfloat16, kManyWarps>,
+    kInstance<Cell::kElmanTanh, __half, kManyWarps>,   kInstance<Cell::kElmanTanh, float, kFewWarps>,
 };
 static_assert(std::size(kInstances) == kFusedFwdKernels);
 

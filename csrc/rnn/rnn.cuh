@@ -2,8 +2,9 @@
 // where they are, tokens on their way, the cell, masks.
 //
 // A block owns a head of 8 sequences, warp w units 16 w to 16 w + 15 of them. With g = lane / 4 and q = lane % 4 a
-// thread owns units 2g and 2g + 1 of its warp in sequences 2q and 2q + 1: in a product of 16 units by 8 sequences, row g
-// is made unit 2g and row g + 8 unit 2g + 1, so that its sums (common/mma.cuh) are those of what it owns, for all gates.
+// thread owns units 2g and 2g + 1 of its warp in sequences 2q and 2q + 1: in a product of 16 units by 8 sequences, row
+// g is made unit 2g and row g + 8 unit 2g + 1, so that its sums (common/mma.cuh) are those of what it owns, for all
+// gates.
 #pragma once
 
 #include <iterator>
@@ -21,6 +22,17 @@ namespace seqkern::rnn::cuda {
 
 template <typename T>
 using Pair = Vector<T, 2>;  // two neighbouring units
+
+// The same as the registers hold them, so that they are stored by one access.
+template <typename T>
+using PairWords = Vector<uint32_t, sizeof(Pair<T>) / sizeof(uint32_t)>;
+template <typename T>
+__device__ __forceinline__ PairWords<T> words_of(float low, float high) {
+  const Pair<T> pair{{to<T>(low), to<T>(high)}};
+  PairWords<T> words;
+  memcpy(&words, &pair, sizeof(words));
+  return words;
+}
 
 // 16 bytes of a row of an operand. Its halves, two registers each, are what a thread gives of that row to two products.
 using Chunk = Vector<uint32_t, 4>;
@@ -56,16 +68,16 @@ __device__ __forceinline__ Row row_of(const Sequences& s, int64_t n) {
 
 // What a thread owns, and where its block finds things.
 struct Place {
+  const Sequences& sequences;
   int head;
   int unit;         // the first of two, in the head
   int exist;        // of the two: 0, 1 or 2
   int row;          // the first of two, among the 8 of the block
-  int direction;    // of time in memory
   int longest;      // tokens of the longest sequence of the block
   const Row* rows;  // the two, in shared memory
 
   // All threads of the block.
-  __device__ __forceinline__ Place(const Inputs& in, const Fused& fused, Row* of_block) {
+  __device__ __forceinline__ Place(const Inputs& in, const Fused& fused, Row* of_block) : sequences(in.sequences) {
     const int lane = threadIdx.x % kWarpSize;
     const auto [block_head, tile] = divide(blockIdx.x, fused.tiles);
     if (threadIdx.x < kRows) of_block[threadIdx.x] = row_of(in.sequences, tile * kRows + threadIdx.x);
@@ -73,16 +85,17 @@ struct Place {
     unit = threadIdx.x / kWarpSize * kStrip + lane / 4 * 2;
     exist = static_cast<int>(clamp(in.units - unit, 0, 2));
     row = lane % 4 * 2;
-    direction = in.sequences.reverse ? -1 : 1;
     rows = of_block + row;
     __syncthreads();
     longest = 0;
     for (int i = 0; i < kRows; ++i) longest = max(longest, of_block[i].tokens);
   }
 
-  // Of token `i` of row j, counted as time runs: its number b L + l.
+  // From the first token of a row to token `i`, as time runs.
+  __device__ __forceinline__ int64_t way(int i) const { return sequences.reverse ? -i : i; }
+  // Of token `i` of row j: its number b L + l.
   __device__ __forceinline__ int64_t token(const Inputs& in, int j, int i) const {
-    return rows[j].b * in.sequences.length + rows[j].first + direction * i;
+    return rows[j].b * in.sequences.length + rows[j].first + way(i);
   }
 };
 
@@ -93,15 +106,12 @@ struct Operand {
   Chunk* data;  // (8, row_chunks)
   int row_chunks;
 
-  __device__ __forceinline__ static int at(int row, int chunk) { return chunk ^ (row & 6) ^ (row & 1) << 2; }
+  __device__ __forceinline__ static int at(int row, int chunk) { return chunk ^ (row & 6) ^ (row & 1) * 4; }
 
   __device__ __forceinline__ void put(int row, int k, float low, float high) const {
-    const Pair<T> pair{{to<T>(low), to<T>(high)}};
-    using Words = Vector<uint32_t, sizeof(pair) / sizeof(uint32_t)>;
-    Words words;
-    memcpy(&words, &pair, sizeof(pair));
     Chunk& chunk = data[row * row_chunks + at(row, k / kPerChunk<T>)];
-    *reinterpret_cast<Words*>(&chunk[k % kPerChunk<T> * sizeof(T) / sizeof(uint32_t)]) = words;
+    auto* const words = &chunk[k % kPerChunk<T> * sizeof(T) / sizeof(uint32_t)];
+    *reinterpret_cast<PairWords<T>*>(words) = words_of<T>(low, high);
   }
   // All threads of the block.
   __device__ __forceinline__ void clear() const {
@@ -111,17 +121,16 @@ struct Operand {
 
 // Of rows g of an operand, chunks q of blocks of depth.
 struct BlockReader {
-  const Chunk* even;  // block 0
-  const Chunk* odd;   // block 1
+  const Chunk* data;
+  int first;  // that of block 0
 
   template <typename T>
-  __device__ __forceinline__ explicit BlockReader(const Operand<T>& operand) {
-    const int lane = threadIdx.x % kWarpSize;
-    const Chunk* const row = operand.data + lane / 4 * operand.row_chunks;
-    even = row + operand.at(lane / 4, lane % 4), odd = row + operand.at(lane / 4, kBlockChunks + lane % 4);
+  __device__ __forceinline__ explicit BlockReader(const Operand<T>& operand) : data(operand.data) {
+    const int row = threadIdx.x % kWarpSize / 4, q = threadIdx.x % 4;
+    first = row * operand.row_chunks + operand.at(row, q);
   }
   __device__ __forceinline__ Chunk get(int block) const {
-    return (block % 2 == 0 ? even : odd)[block / 2 * kPeriodChunks];
+    return data[(first ^ block % 2 * kBlockChunks) + block / 2 * kPeriodChunks];
   }
 };
 
@@ -130,8 +139,8 @@ template <typename T>
 struct Shared {
   Chunk* all;
   int row_chunks;
-  float* bias;  // (G, units)
-  Row* rows;    // (8,)
+  float* bias;               // (G, units)
+  Row* rows;                 // (8,)
   int64_t (*begins)[kRows];  // (kTracks, 8)
   Chunk* ring;
   Chunk* rest;
@@ -141,13 +150,11 @@ struct Shared {
         row_chunks(fused.row_chunks),
         bias(reinterpret_cast<float*>(all + fused.bias_at / kChunkBytes)),
         rows(reinterpret_cast<Row*>(all + fused.rows_at / kChunkBytes)),
-        begins(reinterpret_cast<int64_t(*)[kRows]>(rows + kRows)),
+        begins(reinterpret_cast<int64_t (*)[kRows]>(rows + kRows)),
         ring(all + fused.ring_at / kChunkBytes),
         rest(all + fused.rest_at / kChunkBytes) {}
 
-  __device__ __forceinline__ Operand<T> operand(int i) const {
-    return {all + i % 2 * kRows * row_chunks, row_chunks};
-  }
+  __device__ __forceinline__ Operand<T> operand(int i) const { return {all + i % 2 * kRows * row_chunks, row_chunks}; }
 
   __device__ __forceinline__ static int units() { return blockDim.x / kWarpSize * kStrip; }
   // Units that do not exist have none.
@@ -249,7 +256,7 @@ struct Stationary {
     for (int block = 0; block < kHeld; ++block) {
       if (block >= depth) continue;
       const Chunk b = next;
-      if (block + 1 < depth) next = reader.get(block + 1);
+      if (block + 1 < kHeld && block + 1 < depth) next = reader.get(block + 1);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if constexpr (sizeof(T) == 4) forget(held[block][half]);
@@ -259,8 +266,7 @@ struct Stationary {
     if constexpr (kRest) {
 #pragma unroll 1
       for (int block = kHeld; block < depth; ++block) {
-        const Chunk b = next;
-        if (block + 1 < depth) next = reader.get(block + 1);
+        const Chunk b = reader.get(block);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           Fragment a[kTiles];
@@ -294,13 +300,14 @@ struct Stationary {
 // Whether every two neighbouring units of tokens are one aligned access. An absent tensor does not object.
 template <typename T, typename Data>
 __device__ __forceinline__ bool paired(const Data& of, int64_t apart = 0) {
-  return !of || (reinterpret_cast<uintptr_t>(of.data) % sizeof(Pair<T>) == 0 && ((of.b | of.l | of.h | apart) & 1) == 0);
+  return !of ||
+         (reinterpret_cast<uintptr_t>(of.data) % sizeof(Pair<T>) == 0 && ((of.b | of.l | of.h | apart) & 1) == 0);
 }
 
 // Two units of a token, to and from elements T of which `exist` exist.
 template <typename T>
 __device__ __forceinline__ void put_pair(T* to_place, float low, float high, int exist, bool paired) {
-  if (paired && exist == 2) return store(to_place, Pair<T>{{to<T>(low), to<T>(high)}});
+  if (paired && exist == 2) return store(reinterpret_cast<uint32_t*>(to_place), words_of<T>(low, high));
   if (exist > 0) store(to_place, to<T>(low));
   if (exist > 1) store(to_place + 1, to<T>(high));
 }
@@ -331,7 +338,7 @@ struct Track {
   }
   // In token `i` of row j, `apart` elements on.
   __device__ __forceinline__ T* at(int j, int i, int64_t apart = 0) const {
-    return static_cast<T*>(of.data) + (begin[j] + int64_t{place.direction * i} * of.l + place.unit + apart);
+    return static_cast<T*>(of.data) + (begin[j] + place.way(i) * of.l + place.unit + apart);
   }
 };
 

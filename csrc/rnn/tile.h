@@ -53,6 +53,8 @@ struct Fused {
   int64_t rows_at;        //
   int64_t ring_at;        //
   int64_t rest_at;        //
+  float dropout_scale;    // of the elements of h that a product sees
+  float zoneout_share;    // of h_{t-1} in h_t, at inference
 };
 
 struct Plan {
@@ -75,8 +77,8 @@ struct Demand {
 };
 
 constexpr Plan stepwise(const char* why) {
-  return {.path = Path::kStepwise, .why = why, .fused = {}, .blocks = 0, .waves = 0, .held_percent = 0,
-          .smem_bytes = 0};
+  return {
+      .path = Path::kStepwise, .why = why, .fused = {}, .blocks = 0, .waves = 0, .held_percent = 0, .smem_bytes = 0};
 }
 
 constexpr int warps_of(const Inputs& in) {
@@ -91,35 +93,31 @@ constexpr Plan plan(const Inputs& in, const Limits& limits, const Demand& demand
   if (in.sequences.length > kMostTokens) return stepwise("more tokens than a fused kernel counts");
   if (warps > most) return stepwise("a head has more units than the warps of a block can own");
 
-  Plan plan{.path = Path::kFused,
-            .why = "R stays in registers",
-            .fused = {.warps = warps, .most_warps = most},
-            .blocks = 0,
-            .waves = 0,
-            .held_percent = 100,
-            .smem_bytes = 0};
-  Fused& fused = plan.fused;
+  Fused fused{};
+  fused.warps = warps, fused.most_warps = most;
   fused.depth = static_cast<int>(ceil_div(demand.depth_bytes, kBlockChunks * kChunkBytes));
   fused.row_chunks = static_cast<int>(round_up(fused.depth * kBlockChunks, kPeriodChunks));
+  fused.ahead = demand.ahead;
   const int64_t sequences = in.sequences.cu_seqlens ? in.sequences.count : in.sequences.batch;
   fused.tiles = in.units > 0 ? ceil_div(sequences, kRows) : 0;
-  plan.blocks = fused.tiles * in.heads;
-  plan.waves = limits.multiprocessors > 0 ? ceil_div(plan.blocks, limits.multiprocessors) : plan.blocks;
+  fused.dropout_scale = in.drops() ? static_cast<float>(1 / (1 - in.recurrent_dropout)) : 1.0f;
+  fused.zoneout_share = static_cast<float>(in.zoneout);
 
   const int threads = warps * kThreadsOfWarp;
-  const int64_t rest = at_least(0, fused.depth - demand.held);
+  const int64_t rest = at_least(0, fused.depth - demand.held), blocks = fused.tiles * in.heads;
   fused.bias_at = 2 * kRows * fused.row_chunks * kChunkBytes;
   fused.rows_at = fused.bias_at + in.sizes().gates * warps * kStrip * 4;
   fused.ring_at = fused.rows_at + kRows * (kRowBytes + kTracks * 8);
-  fused.ahead = demand.ahead;
   fused.rest_at = fused.ring_at + demand.ahead * threads * demand.token_bytes;
-  plan.smem_bytes = fused.rest_at + rest * demand.tiles * 2 * kChunkBytes * threads;
-  if (rest > 0) {
-    plan.why = "R stays in registers and shared memory";
-    plan.held_percent = 100 * demand.held / fused.depth;
-  }
-  if (plan.smem_bytes > limits.shared_bytes) return stepwise("R is larger than registers and shared memory");
-  return plan;
+  const int64_t smem_bytes = fused.rest_at + rest * demand.tiles * 2 * kChunkBytes * threads;
+  if (smem_bytes > limits.shared_bytes) return stepwise("R is larger than registers and shared memory");
+  return {.path = Path::kFused,
+          .why = rest > 0 ? "R stays in registers and shared memory" : "R stays in registers",
+          .fused = fused,
+          .blocks = blocks,
+          .waves = limits.multiprocessors > 0 ? ceil_div(blocks, limits.multiprocessors) : blocks,
+          .held_percent = rest > 0 ? 100 * demand.held / fused.depth : 100,
+          .smem_bytes = smem_bytes};
 }
 
 constexpr Plan plan_fwd(const Inputs& in, const Limits& limits) {

@@ -15,7 +15,7 @@ constexpr int most_blocks_bwd(int gates, int size, int most) {
   return static_cast<int>(ceil_div(int64_t{most} * kStrip * gates * size, kBlockChunks * kChunkBytes));
 }
 constexpr int held_blocks_bwd(int gates, int size, int most) {
-  const int room = (most == kFewWarps ? 128 : 96) / 8, all = most_blocks_bwd(gates, size, most);
+  const int room = (most == kFewWarps ? 128 : 88) / 8, all = most_blocks_bwd(gates, size, most);
   return room < all ? room : all;
 }
 

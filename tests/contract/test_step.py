@@ -34,7 +34,8 @@ def test_steps_equal_the_whole(small_case, device):
     dtypes = (torch.float64, torch.float32)
     exact, plain = (inputs.to(dtype).outputs(inputs.operator.reference) for dtype in dtypes)
     assert all(y.dtype == inputs.dtype for y in ys)
-    assert_close(stepped, exact, plain)
+    coarse = inputs.coarse if inputs.operator.steps_multiply else {}
+    assert_close(stepped, exact, plain, {name: coarse[name] for name in stepped if name in coarse})
 
 
 @pytest.mark.parametrize("state_dtype", DTYPES, ids=str)

@@ -85,17 +85,18 @@ struct Case {
   DType dtype;            // of x and h; weights and states have this one or another
   int64_t B, L, H, P, Q;  // Q < 0: no proj
   Packing packing;
-  bool bias, states, reset, reverse, training, weights;  // weights: what their gradients are made of
+  bool bias, states, reset, reverse, poison, training, weights;  // weights: what their gradients are made of
   double zoneout, recurrent_dropout, grad_clip;
 
   int64_t outputs() const { return Q < 0 ? P : Q; }
   std::string text() const {
     char line[256];
     std::snprintf(line, sizeof line,
-                  "%s %s %s B=%ld L=%ld H=%ld P=%ld Q=%ld %s%s%s%s%s zoneout=%g%s dropout=%g clip=%g",
+                  "%s %s %s B=%ld L=%ld H=%ld P=%ld Q=%ld %s%s%s%s%s%s zoneout=%g%s dropout=%g clip=%g",
                   path == Path::kFused ? "fused" : "stepwise", sizes_of(cell).name, naive::text(dtype), B, L, H, P, Q,
                   naive::text(packing), bias ? " bias" : "", states ? " states" : "", reset ? " reset" : "",
-                  reverse ? " reverse" : "", zoneout, training ? " training" : "", recurrent_dropout, grad_clip);
+                  poison ? " poison" : "", reverse ? " reverse" : "", zoneout, training ? " training" : "",
+                  recurrent_dropout, grad_clip);
     return line;
   }
 };
@@ -203,6 +204,20 @@ struct Data {
     R.fill(weight), proj.fill(weight);
     for (Buffer* zero : {&dinitial_h, &dinitial_c}) zero->fill([](int64_t) { return 0; });  // as the operator does it
     for (int64_t i = 0; i < c.B * c.L; ++i) reset[i] = c.reset && random() % 4 == 0;
+    if (c.poison) poison(c);
+  }
+
+  // Nothing passes a reset, NaN neither: of the first head, in the token or state before it.
+  void poison(const Case& c) {
+    for (const Sequence& s : batch.all) {
+      for (size_t i = 0; i < s.tokens.size(); ++i) {
+        if (!reset[s.b * c.L + s.tokens[i]]) continue;
+        if (i > 0)
+          x.set(x.place(s.b, s.tokens[i - 1], 0, 0), NAN);
+        else
+          initial_h.set(s.initial * c.H * c.outputs(), NAN);
+      }
+    }
   }
 
   static DType some_dtype(const Case& c, std::mt19937& random) {
@@ -422,10 +437,7 @@ struct Gradients {
   }
 };
 
-bool run(const Case& c, std::mt19937& random) {
-  const CellSizes sizes = sizes_of(c.cell);
-  const Data d(c, random() % 2, random);
-  const DType type = accumulator(c.dtype), product_dtype = random() % 2 ? c.dtype : type;
+void run_kernels(const Case& c, const Data& d, DType product_dtype) {
   if (c.path == Path::kFused) {
     cuda::fused_fwd(d.forward(c), {});
     cuda::fused_bwd(d.backward(c), {});
@@ -433,6 +445,14 @@ bool run(const Case& c, std::mt19937& random) {
     run_stepwise(d.forward(c), product_dtype);
     run_stepwise(d.backward(c), product_dtype);
   }
+}
+
+bool run(const Case& c, std::mt19937& random) {
+  const CellSizes sizes = sizes_of(c.cell);
+  const Data d(c, random() % 2, random);
+  const DType type = accumulator(c.dtype);
+  // The derivative of relu jumps where its argument, an output of the first product, is rounded to another sign.
+  run_kernels(c, d, random() % 2 || c.cell == Cell::kElmanRelu ? type : c.dtype);
 
   WantedData want(d);
   for (const Sequence& s : d.batch.all) {
@@ -565,6 +585,29 @@ bool run_step(Cell cell, DType dtype, int64_t H, int64_t P, int64_t Q, std::mt19
   return ok;
 }
 
+// Whatever cu_seqlens hold, nothing outside a tensor is touched.
+bool run_bad_cu_seqlens(Path path, Cell cell, std::mt19937& random) {
+  const std::vector<std::vector<int64_t>> all = {
+      {5, 3, -7, 100}, {100, 100}, {-5, -3}, {1, 9}, {INT64_MIN, INT64_MAX, 0}};
+  bool ok = true;
+  for (const std::vector<int64_t>& starts : all) {
+    Case c{};
+    c.path = path, c.cell = cell, c.B = 1, c.L = 12, c.H = 2, c.P = 5, c.Q = -1, c.grad_clip = -1;
+    c.packing = Packing::kCuSeqlens, c.states = c.weights = true;
+    Data d(c, false, random);
+    Sequences& sequences = d.batch.sequences;
+    const int64_t room = sequences.count;  // for at least the states of 3
+    sequences.count = static_cast<int64_t>(starts.size()) - 1;
+    sequences.cu_seqlens = starts.data(), sequences.cu_seqlens_is_int64 = true;
+    run_kernels(c, d, c.dtype);
+    for (const Buffer* state : {&d.final_h, &d.final_c, &d.dinitial_h, &d.dinitial_c}) {
+      for (int64_t i = 0; i < state->size / room * sequences.count; ++i) ok &= std::isfinite((*state)[i]);
+    }
+  }
+  if (!ok) std::printf("bad cu_seqlens %s: a result is not finite\n", sizes_of(cell).name);
+  return ok;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -581,8 +624,8 @@ int main(int argc, char** argv) {
   };
   // Blocks of the fused path hold 8 sequences, warps 16 units; the widest ones have no room for all weights in
   // registers.
-  const Size sizes[] = {{3, 9, 2, 20, 7}, {10, 4, 1, 16, 16}, {2, 7, 3, 7, 9}, {1, 3, 1, 130, 70},
-                        {2, 0, 2, 5, 3},  {1, 11, 2, 34, 40}, {9, 1, 1, 1, 1}};
+  const Size sizes[] = {{3, 9, 2, 20, 7}, {10, 4, 1, 16, 16}, {2, 7, 3, 7, 9},    {1, 3, 1, 180, 70},
+                        {2, 0, 2, 5, 3},  {1, 2, 1, 100, 30}, {1, 11, 2, 34, 40}, {9, 1, 1, 1, 1}};
   const Cell cells[] = {Cell::kLstm, Cell::kGru, Cell::kSlstm, Cell::kElmanTanh, Cell::kElmanRelu};
   const DType dtypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
   for (const Size& size : sizes) {
@@ -597,7 +640,7 @@ int main(int argc, char** argv) {
           const int64_t narrow = size.P > 128 ? 1 : 0;  // wide heads fit a block in 16 bits
           c.dtype = path == Path::kFused ? dtypes[narrow + random() % (3 - narrow)] : dtypes[random() % 4];
           c.bias = random() % 2, c.states = random() % 2, c.reset = random() % 2, c.reverse = random() % 2;
-          c.weights = random() % 4, c.training = random() % 4;
+          c.poison = c.reset && random() % 2, c.weights = random() % 4, c.training = random() % 4;
           c.zoneout = random() % 2 ? 0.3 : 0, c.recurrent_dropout = random() % 2 ? 0.4 : 0;
           c.grad_clip = random() % 2 ? 0.2 : -1;
           check([&] { return run(c, random); });
@@ -610,6 +653,9 @@ int main(int argc, char** argv) {
       const int64_t P = 1 + random() % 40, Q = sizes_of(cell).reads_h || random() % 2 ? -1 : 1 + random() % 40;
       check([&] { return run_step(cell, dtype, 1 + random() % 2, P, Q, random); });
     }
+  }
+  for (const Path path : {Path::kFused, Path::kStepwise}) {
+    for (const Cell cell : cells) check([&] { return run_bad_cu_seqlens(path, cell, random); });
   }
   std::printf("%d of %d cases failed\n", failures, cases);
   return failures > 0;

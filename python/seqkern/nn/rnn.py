@@ -94,6 +94,8 @@ class _DropIn(nn.RNNBase):
         """One direction of a layer: `seqkern.rnn` with one head."""
         w_ih, w_hh, *others = weights
         b_ih, b_hh = others[:2] if self.bias else (None, None)
+        if self.bias and self.mode != "GRU":  # which has a product between them
+            b_ih, b_hh = None, b_ih + b_hh  # spares a pass over all gates, and one over their gradient
         P, Q = self.hidden_size, w_hh.shape[1]
         G = w_hh.shape[0] // P
         gates = F.linear(x, w_ih, b_ih)

@@ -20,6 +20,7 @@ _OPERATORS = (
     elementwise_rnn,
     linear_attention,
     linear_scan,
+    rnn,
     selective_scan,
     softmax_scan,
 )

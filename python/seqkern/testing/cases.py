@@ -69,6 +69,8 @@ class Operator:
     # Gradients that are differences of sums over these letters, whose terms are as large as the largest among them.
     cancelling: dict[str, str] = field(default_factory=dict)
     rounds_operands: bool = False  # of matrix products, to 16 bits, where the data have no more
+    steps_multiply: bool = False  # matrices too, whose operands are rounded likewise
+    ends_in_products: bool = False  # the backward's kernel, in those of torch, which give gradients of parameters
     chunk: int = 1  # tokens of a sequence, from its start in time, that a NaN in one of them may spoil
     harmless: dict[str, tuple[float, ...]] = field(default_factory=dict)  # infinities that are numbers like any other
     # Normal variates to an argument's range, by the case's values.
