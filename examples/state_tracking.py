@@ -1,6 +1,6 @@
 """Trains recurrent layers to keep track of a state: an LSTM, a GRU, an sLSTM, and a recurrence that is linear.
 
-    python3 examples/state_tracking.py                                some two minutes on a CPU with two cores
+    python3 examples/state_tracking.py                                about a minute on a CPU with two cores
 
 After every digit of a random string the model says what the digits so far add up to modulo 2 (parity), or modulo 5. It
 is trained on strings that grow to 40 digits and tested on longer ones. A nonlinear recurrence holds the sum in its

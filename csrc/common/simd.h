@@ -238,7 +238,9 @@ inline Float widen(BFloat16, UInt bits) {
 }
 inline Float widen(Half, UInt bits) {
   const UInt exponent_and_mantissa = (bits & 0x7fffu) << 13;
-  const UInt finite = bit_cast<UInt>(bit_cast<Float>(exponent_and_mantissa) * 0x1p112f);  // subnormals too
+  // No arithmetic on subnormals, which may count as 0: see FlushSubnormals.
+  const UInt subnormal = bit_cast<UInt>(bit_cast<Float>(exponent_and_mantissa + 0x38800000u) - 0x1p-14f);
+  const UInt finite = exponent_and_mantissa < 0x00800000u ? subnormal : exponent_and_mantissa + 0x38000000u;
   const UInt magnitude = exponent_and_mantissa >= 0x0f800000u ? exponent_and_mantissa | 0x7f800000u : finite;
   return bit_cast<Float>(magnitude | (bits & 0x8000u) << 16);
 }

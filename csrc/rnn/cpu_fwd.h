@@ -65,6 +65,7 @@ struct Forward : Call<C, X, T> {
       __builtin_memset(operand[1], 0, (call.in.projects() ? call.P_room : call.Q_room) * sizeof(T));
     }
   };
+
   void run() const {
     const InScratch<A, Weights> weights(*this);
     this->pack_recurrent(weights.recurrent);
@@ -159,7 +160,7 @@ struct Forward : Call<C, X, T> {
     V b[kG];
     for (int g = 0; g < kG; ++g) b[g] = load<A>(bias + g * kStrip + i);
     for (int64_t row = 0; row < s.rows; ++row, sums += kWide, of_c += P_row) {
-      if (row + kAhead < s.rows) prefetch(s, row + kAhead);
+      if (i == 0 && row + kAhead < s.rows) prefetch(s, row + kAhead);
       const Place& place = s.places[row];
       V x_t[kG], u_t[kG], h{};
       for (int g = 0; g < kG; ++g) {
@@ -206,7 +207,7 @@ struct Forward : Call<C, X, T> {
     store_lanes<A, kWhole>(after + at, h, lanes);
   }
   V zone_out(const Strip& s, int64_t row, int64_t output, V old, V h) const {
-    if (!in.training) return madd(splat(static_cast<A>(in.zoneout)), old - h, h);
+    if (!in.training) return madd(splat(static_cast<A>(in.zoneout)), old, static_cast<A>(1 - in.zoneout) * h);
     return select(this->kept(s.w.tile.run(row), s.t, s.head_of_call(), output) != 0, old, h);
   }
 

@@ -56,7 +56,7 @@ struct Step {
   void run() const {
     const int64_t batch_heads = p.batch * p.heads;
     Scratch scratch((batch_heads * (unit_row + output_row) + kStrip) * static_cast<int64_t>(sizeof(A)));
-    A* const before = scratch.take<A>(batch_heads * output_row);        // (B, H, output_row): h_{t-1}
+    A* const before = scratch.take<A>(batch_heads * output_row);          // (B, H, output_row): h_{t-1}
     A* const m = scratch.take<A>(projects ? batch_heads * unit_row : 0);  // (B, H, unit_row)
     parallel_for(0, batch_heads, kGrain / at_least(1, p.outputs) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) load_h(i / p.heads, i % p.heads, before + i * output_row);

@@ -30,10 +30,16 @@ struct Sums {
   // `out` are a part of those of a contiguous tensor.
   void add(const Tensor& left, const MaybeTensor& right, Tensor out) const {
     if (fixed_order) return add_in_order(left, right, out);
-    const auto heads_first = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };  // (H, T, M)
-    if (right) {
+    if (right && left.is_cuda()) {
+      const auto heads_first = [](const Tensor& t) { return torch::stable::transpose(t, 0, 1); };  // (H, T, M)
       const Tensor transposed = torch::stable::transpose(heads_first(left), 1, 2);
       torch::stable::copy_(out, torch::stable::matmul(transposed, heads_first(*right)));
+    } else if (right) {  // the batched product of a CPU is many times slower in bf16
+      for (int64_t h = 0; h < in.heads; ++h) {
+        const Tensor transposed = torch::stable::transpose(torch::stable::select(left, 1, h), 0, 1);
+        Tensor of_head = torch::stable::select(out, 0, h);
+        torch::stable::copy_(of_head, torch::stable::matmul(transposed, torch::stable::select(*right, 1, h)));
+      }
     } else {
       const int64_t tokens[] = {0};
       torch::stable::copy_(out, torch::stable::unsqueeze(torch::stable::sum(left, tokens), 2));

@@ -49,10 +49,11 @@ __device__ __forceinline__ Chunk chunk_of(const Vector<T, kPerChunk<T>>& element
 // One of the 8 sequences of a block.
 struct Row {
   bool exists;
-  int tokens;     // 0 where the row does not exist
-  int64_t state;  // row of the states
-  int64_t b;      // batch row
-  int64_t first;  // place of the first token in memory
+  int tokens;               // 0 where the row does not exist
+  int64_t state;            // row of the states
+  int64_t b;                // batch row
+  int64_t first;            // place of the first token in memory
+  int64_t begins[kTracks];  // where it lies in tensors
 };
 static_assert(sizeof(Row) == kRowBytes);
 
@@ -63,18 +64,19 @@ __device__ __forceinline__ Row row_of(const Sequences& s, int64_t n) {
           .tokens = static_cast<int>(span.end - span.begin),
           .state = n,
           .b = s.cu_seqlens ? 0 : n,
-          .first = memory_place(s, span.begin)};
+          .first = memory_place(s, span.begin),
+          .begins = {}};
 }
 
 // What a thread owns, and where its block finds things.
 struct Place {
   const Sequences& sequences;
   int head;
-  int unit;         // the first of two, in the head
-  int exist;        // of the two: 0, 1 or 2
-  int row;          // the first of two, among the 8 of the block
-  int longest;      // tokens of the longest sequence of the block
-  const Row* rows;  // the two, in shared memory
+  int unit;     // the first of two, in the head
+  int exist;    // of the two: 0, 1 or 2
+  int row;      // the first of two, among the 8 of the block
+  int longest;  // tokens of the longest sequence of the block
+  Row* rows;    // the two, in shared memory
 
   // All threads of the block.
   __device__ __forceinline__ Place(const Inputs& in, const Fused& fused, Row* of_block) : sequences(in.sequences) {
@@ -139,9 +141,8 @@ template <typename T>
 struct Shared {
   Chunk* all;
   int row_chunks;
-  float* bias;               // (G, units)
-  Row* rows;                 // (8,)
-  int64_t (*begins)[kRows];  // (kTracks, 8)
+  float* bias;  // (G, units)
+  Row* rows;    // (8,)
   Chunk* ring;
   Chunk* rest;
 
@@ -150,7 +151,6 @@ struct Shared {
         row_chunks(fused.row_chunks),
         bias(reinterpret_cast<float*>(all + fused.bias_at / kChunkBytes)),
         rows(reinterpret_cast<Row*>(all + fused.rows_at / kChunkBytes)),
-        begins(reinterpret_cast<int64_t (*)[kRows]>(rows + kRows)),
         ring(all + fused.ring_at / kChunkBytes),
         rest(all + fused.rest_at / kChunkBytes) {}
 
@@ -260,19 +260,19 @@ struct Stationary {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         if constexpr (sizeof(T) == 4) forget(held[block][half]);
-        add<kChains>(sum, 2 * block + half, held[block][half], b);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          add<kChains>(sum[tile], 2 * block + half, held[block][half][tile], b);
+        }
       }
     }
     if constexpr (kRest) {
 #pragma unroll 1
       for (int block = kHeld; block < depth; ++block) {
         const Chunk b = reader.get(block);
+        const Fragment* const a = rest + (block - kHeld) * 2 * kTiles * blockDim.x;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          Fragment a[kTiles];
-          take(a, rest + ((block - kHeld) * 2 + half) * kTiles * blockDim.x);
-          add<kChains>(sum, half, a, b);
-        }
+        for (int i = 0; i < 2 * kTiles; ++i) add<kChains>(sum[i % kTiles], i / kTiles, a[i * blockDim.x], b);
       }
     }
   }
@@ -289,11 +289,9 @@ struct Stationary {
   }
   // Half number `half` of the depth.
   template <int kChains>
-  __device__ __forceinline__ static void add(float (&sum)[kTiles][kChains][4], int half, const Fragment (&a)[kTiles],
-                                             const Chunk& b) {
+  __device__ __forceinline__ static void add(float (&sum)[kChains][4], int half, const Fragment& a, const Chunk& b) {
     const uint32_t right[2] = {b[half % 2 * 2], b[half % 2 * 2 + 1]};
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) multiply_add<T>(sum[tile][half % kChains], a[tile].element, right);
+    multiply_add<T>(sum[half % kChains], a.element, right);
   }
 };
 
@@ -327,18 +325,18 @@ template <typename T, typename Data>
 struct Track {
   const Data& of;
   const Place& place;
-  const int64_t* begin;  // of the two rows, the unit left out
+  int number;  // below kTracks, each tensor's own
 
   // All threads of the block; to be used after __syncthreads().
-  __device__ __forceinline__ Track(const Data& of, const Place& place, int64_t (&of_block)[kRows])
-      : of(of), place(place), begin(of_block + place.row) {
+  __device__ __forceinline__ Track(const Data& of, const Place& place, int number)
+      : of(of), place(place), number(number) {
     if (threadIdx.x >= kRows) return;
-    const Row& row = place.rows[static_cast<int>(threadIdx.x) - place.row];
-    of_block[threadIdx.x] = row.b * of.b + row.first * of.l + place.head * of.h;
+    Row& row = place.rows[static_cast<int>(threadIdx.x) - place.row];
+    row.begins[number] = row.b * of.b + row.first * of.l + place.head * of.h;
   }
   // In token `i` of row j, `apart` elements on.
   __device__ __forceinline__ T* at(int j, int i, int64_t apart = 0) const {
-    return static_cast<T*>(of.data) + (begin[j] + place.way(i) * of.l + place.unit + apart);
+    return static_cast<T*>(of.data) + (place.rows[j].begins[number] + place.way(i) * of.l + place.unit + apart);
   }
 };
 
@@ -455,18 +453,10 @@ __device__ __forceinline__ uint32_t dropped(const Inputs& in, const Place& place
   if (!in.drops()) return 0;
   return happening(in, place, {place.rows[0].state, place.rows[1].state}, kDropoutWords, in.recurrent_dropout);
 }
-__device__ __forceinline__ float dropout_scale(const Inputs& in) {
-  return in.drops() ? 1.0f / (1.0f - static_cast<float>(in.recurrent_dropout)) : 1.0f;
-}
 
 // [zoneout] in training: the elements that keep their h in token `i` of the rows.
 __device__ __forceinline__ uint32_t kept(const Inputs& in, const Place& place, int i) {
   if (!in.zones() || !in.training) return 0;
   return happening(in, place, {place.token(in, 0, i), place.token(in, 1, i)}, kZoneoutWords, in.zoneout);
 }
-// [zoneout] at inference: how much of h_{t-1} there is in h_t.
-__device__ __forceinline__ float zoneout_share(const Inputs& in) {
-  return in.training ? 0.0f : static_cast<float>(in.zoneout);
-}
-
 }  // namespace seqkern::rnn::cuda

@@ -12,14 +12,14 @@ namespace seqkern::rnn::cuda {
 
 enum class Path : int64_t { kFused, kStepwise };
 
-constexpr int kRows = 8;          // sequences of a block: columns of its products (common/mma.cuh)
-constexpr int kStrip = 16;        // units of a warp: rows of its products
-constexpr int kAhead = 4;         // tokens that are in shared memory, or on their way there
-constexpr int kChunkBytes = 16;   // what a thread takes of a row of an operand at once,
-constexpr int kBlockChunks = 4;   // and the four threads of that row: a block of the product's depth
-constexpr int kPeriodChunks = 8;  // rows of operands take multiples of this: all banks
-constexpr int kRowBytes = 32;     // what a block knows of a sequence,
-constexpr int kTracks = 12;       // and in up to as many tensors where it begins, 8 bytes each
+constexpr int kRows = 8;                     // sequences of a block: columns of its products (common/mma.cuh)
+constexpr int kStrip = 16;                   // units of a warp: rows of its products
+constexpr int kAhead = 4;                    // tokens that are in shared memory, or on their way there
+constexpr int kChunkBytes = 16;              // what a thread takes of a row of an operand at once,
+constexpr int kBlockChunks = 4;              // and the four threads of that row: a block of the product's depth
+constexpr int kPeriodChunks = 8;             // rows of operands take multiples of this: all banks
+constexpr int kTracks = 9;                   // tensors in which a block knows where its sequences begin,
+constexpr int kRowBytes = 32 + 8 * kTracks;  // and what it knows of each
 constexpr int kThreadsOfWarp = 32;
 constexpr int64_t kMostTokens = (int64_t{1} << 31) - 1 - kAhead;  // of a row: kernels count in 32 bits
 
@@ -54,7 +54,7 @@ struct Fused {
   int64_t ring_at;        //
   int64_t rest_at;        //
   float dropout_scale;    // of the elements of h that a product sees
-  float zoneout_share;    // of h_{t-1} in h_t, at inference
+  float zoneout_share;    // of h_{t-1} in h_t, where they are mixed
 };
 
 struct Plan {
@@ -101,13 +101,13 @@ constexpr Plan plan(const Inputs& in, const Limits& limits, const Demand& demand
   const int64_t sequences = in.sequences.cu_seqlens ? in.sequences.count : in.sequences.batch;
   fused.tiles = in.units > 0 ? ceil_div(sequences, kRows) : 0;
   fused.dropout_scale = in.drops() ? static_cast<float>(1 / (1 - in.recurrent_dropout)) : 1.0f;
-  fused.zoneout_share = static_cast<float>(in.zoneout);
+  fused.zoneout_share = in.training ? 0.0f : static_cast<float>(in.zoneout);
 
   const int threads = warps * kThreadsOfWarp;
   const int64_t rest = at_least(0, fused.depth - demand.held), blocks = fused.tiles * in.heads;
   fused.bias_at = 2 * kRows * fused.row_chunks * kChunkBytes;
   fused.rows_at = fused.bias_at + in.sizes().gates * warps * kStrip * 4;
-  fused.ring_at = fused.rows_at + kRows * (kRowBytes + kTracks * 8);
+  fused.ring_at = fused.rows_at + kRows * kRowBytes;
   fused.rest_at = fused.ring_at + demand.ahead * threads * demand.token_bytes;
   const int64_t smem_bytes = fused.rest_at + rest * demand.tiles * 2 * kChunkBytes * threads;
   if (smem_bytes > limits.shared_bytes) return stepwise("R is larger than registers and shared memory");

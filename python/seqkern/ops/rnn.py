@@ -86,14 +86,14 @@ def rnn(
     Args:
         x: (B, L, H, G, P), the gates in the order above, float32, bfloat16, float16 or float64. Any strides; copied
             where units are not contiguous.
-        R: (H, G, P, Q), from the Q outputs of a head to the gates of its P units. In a dtype of its own, but what is
-            multiplied are elements of the dtype of x. Q is P without `proj`.
+        R: (H, G, P, Q), from the Q outputs of a head to the gates of its P units; Q is P without `proj`. In a dtype of
+            its own, but multiplied as elements of the dtype of x.
         bias: (H, G, P), added to the products, with "gru" inside of s(r) u_n; None is zero. In a dtype of its own.
         initial_state: the tuple of parts above, h (N, H, Q), the others (N, H, P), in dtypes of their own; None is an
             empty state: zeros, and of slstm m = -inf. N is B, or the number of sequences in cu_seqlens. A unit of slstm
             with n = 0 is empty, whatever its c and m.
         cell: one of those above.
-        proj: (H, Q, P), in a dtype of its own, as R is. Not with "gru", whose units read their own h.
+        proj: (H, Q, P), in a dtype of its own as R is. Not with "gru", whose units read their own h.
         cu_seqlens: (N + 1,) int32 or int64: sequence n is tokens cu_seqlens[n] to cu_seqlens[n + 1] of a batch of one.
         reverse: run from the last token to the first; the state enters at token L - 1.
         reset: (B, L) bool: where it is true the token starts from an empty state, instead of initial states too.

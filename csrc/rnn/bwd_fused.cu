@@ -53,9 +53,9 @@ struct Ring {
   const Shared<T>& shared;
   int ahead;  // 1, 2 or 4 tokens
   bool paired;
-  Track<T, GateData> x{p.x, place, shared.begins[0]}, u{p.u, place, shared.begins[1]};
-  Track<T, TokenData> dh{p.dh, place, shared.begins[2]}, h{p.h, place, shared.begins[3]};
-  Track<float, CarriedData> c{p.c, place, shared.begins[4]};
+  Track<T, GateData> x{p.x, place, 0}, u{p.u, place, 1};
+  Track<T, TokenData> dh{p.dh, place, 2}, h{p.h, place, 3};
+  Track<float, CarriedData> c{p.c, place, 4};
 
   __device__ __forceinline__ void fetch(int i) const {
 #pragma unroll 1
@@ -163,14 +163,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     gradient[j].load(dfinal_h, dfinal_c, p, place, j);
   }
   const uint32_t never_read = dropped(p, place);  // of h, by products
-  const float scale = dropout_scale(p), share = zoneout_share(p);
+  const float scale = fused.dropout_scale, share = fused.zoneout_share;
   const float limit = p.grad_clip < 0 ? __builtin_inff() : static_cast<float>(p.grad_clip);
   const bool paired = cuda::paired<T>(p.x, p.x.g) && cuda::paired<T>(p.u, p.u.g) && cuda::paired<T>(p.dh) &&
                       cuda::paired<T>(p.h) && cuda::paired<float>(p.c, p.c.c) && cuda::paired<T>(p.dx, p.dx.g) &&
                       cuda::paired<T>(p.du_last) && cuda::paired<T>(p.operand);
   const Ring<kCell, T> ring{p, place, shared, fused.ahead, paired};
-  const Track<T, GateData> dx_t(p.dx, place, shared.begins[5]);
-  const Track<T, TokenData> du_last(p.du_last, place, shared.begins[6]), operand(p.operand, place, shared.begins[7]);
+  const Track<T, GateData> dx_t(p.dx, place, 5);
+  const Track<T, TokenData> du_last(p.du_last, place, 6), operand(p.operand, place, 7);
   __syncthreads();
 #pragma unroll 1
   for (int i = place.longest - 1 + fused.ahead; i >= 0; --i) {
@@ -180,45 +180,50 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     if (!first_copies) {
       ring.wait();
       const uint32_t stays = kept(p, place, i);  // of h
+      float h[2][2], dx[2][2][kGates], du[2][2][kGates];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {  // [adjoint]
-        if (i >= place.rows[j].tokens) continue;
-        anew[j] = starts_anew(p, place, j, i);
+        const bool active = i < place.rows[j].tokens;
+        anew[j] = active && starts_anew(p, place, j, i);
         const Given<kCell, T> given = ring.take(i, j);
-        float h[2], dx[2][kGates], du[2][kGates];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) h[e] = anew[j] ? 0.0f : to<float>(given.h[e]);
-        if (p.operand) {
-          const auto read = [&](int e) { return happened(never_read, e, j) ? 0.0f : h[e] * scale; };
-          put_pair(operand.at(j, i), read(0), read(1), place.exist, paired);
-        }
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          float x[kGates], u[kGates], c[kNumbersOfC];
+          float x[kGates], u[kGates], c[kNumbersOfC], dc[kNumbersOfC];
+          h[j][e] = anew[j] ? 0.0f : to<float>(given.h[e]);
 #pragma unroll
           for (int g = 0; g < kGates; ++g) x[g] = to<float>(given.x[g][e]), u[g] = to<float>(given.u[g][e]);
 #pragma unroll
-          for (int number = 0; number < kNumbersOfC; ++number) c[number] = given.c[number][e];
+          for (int number = 0; number < kNumbersOfC; ++number)
+            c[number] = given.c[number][e], dc[number] = gradient[j].c[e][number];
           if (anew[j]) Cell::empty(c);
           const float dh = gradient[j].h[e] + to<float>(given.dh[e]);
           const float dm = happened(stays, e, j) ? 0.0f : (1.0f - share) * dh;
           direct[j][e] = happened(stays, e, j) ? dh : share > 0.0f ? share * dh : 0.0f;
           direct[j][e] += with_cell<kCell>(
-              p.cell, [&](auto cell) { return cell.adjoint(x, u, h[e], c, dm, gradient[j].c[e], dx[e], du[e]); });
+              p.cell, [&](auto cell) { return cell.adjoint(x, u, h[j][e], c, dm, dc, dx[j][e], du[j][e]); });
 #pragma unroll
           for (int number = 0; number < kNumbersOfC; ++number) {
-            if (anew[j]) gradient[j].c[e][number] = 0.0f;
+            if (active) gradient[j].c[e][number] = anew[j] ? 0.0f : dc[number];
           }
+        }
+#pragma unroll
+        for (int g = 0; g < kGates; ++g) {
+          const auto& of_u = Cell::kTwoSides ? du[j] : dx[j];
+          shared.operand(i).put(place.row + j, g * padded + place.unit, of_u[0][g], of_u[1][g]);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (i >= place.rows[j].tokens) continue;
+        if (p.operand) {
+          const auto read = [&](int e) { return happened(never_read, e, j) ? 0.0f : h[j][e] * scale; };
+          put_pair(operand.at(j, i), read(0), read(1), place.exist, paired);
         }
         T* to = dx_t.at(j, i);
 #pragma unroll
-        for (int g = 0; g < kGates; ++g, to += p.dx.g) {
-          const auto& of_u = Cell::kTwoSides ? du : dx;
-          put_pair(to, dx[0][g], dx[1][g], place.exist, paired);
-          shared.operand(i).put(place.row + j, g * padded + place.unit, of_u[0][g], of_u[1][g]);
-        }
+        for (int g = 0; g < kGates; ++g, to += p.dx.g) put_pair(to, dx[j][0][g], dx[j][1][g], place.exist, paired);
         if (Cell::kTwoSides && p.du_last)
-          put_pair(du_last.at(j, i), du[0][kGates - 1], du[1][kGates - 1], place.exist, paired);
+          put_pair(du_last.at(j, i), du[j][0][kGates - 1], du[j][1][kGates - 1], place.exist, paired);
       }
     }
     ring.fetch(i - fused.ahead);

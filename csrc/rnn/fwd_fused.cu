@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
 
   const bool paired = cuda::paired<T>(p.x, p.x.g) && cuda::paired<T>(p.h) && cuda::paired<T>(p.u, p.u.g) &&
                       cuda::paired<float>(p.c, p.c.c);
-  const Track<T, GateData> x(p.x, place, shared.begins[0]), u(p.u, place, shared.begins[1]);
-  const Track<T, TokenData> h(p.h, place, shared.begins[2]);
-  const Track<float, CarriedData> c(p.c, place, shared.begins[3]);
+  const Track<T, GateData> x(p.x, place, 0), u(p.u, place, 1);
+  const Track<T, TokenData> h(p.h, place, 2);
+  const Track<float, CarriedData> c(p.c, place, 3);
 
   // x of token `i` goes into this thread's own places: nobody waits for anybody.
   auto* const ring = reinterpret_cast<Pair<T>*>(shared.ring) + threadIdx.x;
@@ -72,8 +72,9 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (i >= place.rows[j].tokens) continue;
+      const T* const from = x.at(j, i);
 #pragma unroll
-      for (int g = 0; g < kGates; ++g) fetch_pair(slot(i, j, g), x.at(j, i, g * p.x.g), place.exist, paired);
+      for (int g = 0; g < kGates; ++g) fetch_pair(slot(i, j, g), from + g * p.x.g, place.exist, paired);
     }
     commit_copies();
   };
@@ -101,11 +102,11 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
     wait_copies<kAhead - 1>();
     const uint32_t old = kept(p, place, i);
 
-    // All that a thread owns side by side, rows that have ended as well: each waits long for itself.
+    // Without branches, so that all that a thread owns goes on side by side: each step waits long for the one before.
     float u_t[2][2][kGates];
-    State<kCell> next[2] = {state[0], state[1]};
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
+      State<kCell> next = state[j];
       Pair<T> given[kGates];
 #pragma unroll
       for (int g = 0; g < kGates; ++g) given[g] = *slot(i, j, g);
@@ -114,35 +115,28 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize, 1)
         float x_t[kGates];
 #pragma unroll
         for (int g = 0; g < kGates; ++g) x_t[g] = to<float>(given[g][e]), u_t[j][e][g] = sum_of(sum[g], e, j);
-        next[j].h[e] = with_cell<kCell>(p.cell, [&](auto cell) {  // [cell]
-          return decltype(cell)::step(x_t, u_t[j][e], state[j].h[e], next[j].c[e]);
-        });
+        const float before = state[j].h[e], m = with_cell<kCell>(p.cell, [&](auto cell) {  // [cell]
+                                              return decltype(cell)::step(x_t, u_t[j][e], before, next.c[e]);
+                                            });
+        const float mixed = fused.zoneout_share > 0.0f ? fmaf(fused.zoneout_share, before - m, m) : m;  // [zoneout]
+        next.h[e] = happened(old, e, j) ? before : mixed;
       }
-    }
-    if (p.zones()) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const float before = state[j].h[e], now = next[j].h[e];
-          next[j].h[e] = happened(old, e, j) ? before : p.training ? now : fmaf(fused.zoneout_share, before - now, now);
-        }
-      }
+      if (i < place.rows[j].tokens) state[j] = next;
     }
 
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       if (i < place.rows[j].tokens) {
-        state[j] = next[j];
         put_pair(h.at(j, i), state[j].h[0], state[j].h[1], place.exist, paired);
         if (p.u) {
+          T* const to = u.at(j, i);
 #pragma unroll
-          for (int g = 0; g < kGates; ++g)
-            put_pair(u.at(j, i, g * p.u.g), u_t[j][0][g], u_t[j][1][g], place.exist, paired);
+          for (int g = 0; g < kGates; ++g) put_pair(to + g * p.u.g, u_t[j][0][g], u_t[j][1][g], place.exist, paired);
         }
         if (p.c) {
+          float* const to = c.at(j, i);
           state[j].each_number([&](int number, const float(&pair)[2]) {
-            put_pair(c.at(j, i, number * p.c.c), pair[0], pair[1], place.exist, paired);
+            put_pair(to + number * p.c.c, pair[0], pair[1], place.exist, paired);
           });
         }
       }
