@@ -18,7 +18,7 @@ struct Backward : Call<C, X, T> {
 
   const BwdParams& p;
   const int64_t unit_strips = ceil_div(P, kWide), output_strips = ceil_div(Q, kWide);
-  const int64_t gates_row = round_up(kG * P, kWide);
+  const int64_t gates_row = Base::row_of(kG * P);
   const bool direct = C::kReadsH || in.zones();  // whether h_t reads h_{t-1} beside the product
 
   explicit Backward(const BwdParams& params) : Base(params), p(params) {}
@@ -90,7 +90,7 @@ struct Backward : Call<C, X, T> {
       active = w.tile.active(t, active);
       load_final(w, before, active, a);
       const auto for_all = [&](int64_t strips, int64_t size, const auto& body) {
-        this->for_each_strip(w, strips, [&](int64_t head, int64_t strip) {
+        this->for_each_strip(w, strips, t, [&](int64_t head, int64_t strip) {
           const int64_t first = strip * kWide;
           body(Strip{w, head, first, at_most(kWide, size - first), t, active, a.sums + w.member.index * rows * kWide});
         });

@@ -139,17 +139,21 @@ struct Call {
   static constexpr int kG = C::kGates, kC = C::kCarried;
   using Carried = V[kC > 0 ? kC : 1];
   static constexpr int64_t kWide = 4 * kLanes<A>;                // what rows in scratch memory are padded to
+  static constexpr int64_t kLine = 64;                           // bytes
   static constexpr int64_t kStrip = kG > 1 ? kLanes<A> : kWide;  // units of a strip
 
   const Inputs& in;
   const int64_t P = in.units, Q = in.outputs;
   const CpuPlan plan = cpu_plan(in, sizeof(T), num_threads());
-  const int64_t heads = plan.team > 1 ? in.heads : 1;  // whose arrays lie together
-  const int64_t rows = padded<T>(plan.rows);           // of arrays
-  const int64_t P_row = round_up(P, kWide), Q_row = round_up(Q, kWide);
+  const int64_t heads = plan.team > 1 ? in.heads : 1;                          // whose arrays lie together
+  const int64_t rows = padded<T>(plan.rows);                                   // of arrays
+  const int64_t P_row = row_of(P), Q_row = row_of(Q);                          // from row to row of arrays
   const int64_t P_room = heads * rows * P_row, Q_room = heads * rows * Q_row;  // of arrays
   const int64_t strips = ceil_div(P, kStrip);
   const int64_t output_strip = in.projects() ? kWide : kStrip, output_strips = ceil_div(Q, output_strip);
+
+  // Whole strips, and a line more: rows that are a power of two apart would share few lines of the first-level cache.
+  static constexpr int64_t row_of(int64_t size) { return round_up(size, kWide) + kLine / int64_t{sizeof(T)}; }
 
   explicit Call(const Inputs& inputs) : in(inputs), by_length_(in.num_runs * static_cast<int64_t>(sizeof(Run*))) {
     runs_ = by_length_.take<const Run*>(in.num_runs);
@@ -203,9 +207,17 @@ struct Call {
   // Calls body(head, strip) for a member's share of `strips` of all heads of a walk; `head` counts from the walk's.
   template <class Body>
   void for_each_strip(const Walk& w, int64_t strips, const Body& body) const {
+    for_each_strip(w, strips, 0, body);
+  }
+  // At odd t from the last to the first: of weights that are larger than a cache those used last are still there.
+  template <class Body>
+  void for_each_strip(const Walk& w, int64_t strips, int64_t t, const Body& body) const {
     const int64_t all = heads * strips, size = w.member.size;
-    for (int64_t i = all * w.member.index / size; i < all * (w.member.index + 1) / size; ++i)
+    const int64_t begin = all * w.member.index / size, end = all * (w.member.index + 1) / size;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t i = t % 2 == 0 ? n : begin + end - 1 - n;
       body(i / strips, i % strips);
+    }
   }
 
   // ---- where a token lies

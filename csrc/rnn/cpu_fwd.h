@@ -83,7 +83,7 @@ struct Forward : Call<C, X, T> {
     for (int64_t t = 0; t < w.tile.longest(); ++t) {
       active = w.tile.active(t, active);
       const auto for_all = [&](int64_t count, int64_t size, const auto& body) {
-        this->for_each_strip(w, count, [&](int64_t head, int64_t strip) {
+        this->for_each_strip(w, count, t, [&](int64_t head, int64_t strip) {
           body(Strip{w, head, strip * size, t, active, a.sums + w.member.index * rows * kWide, places});
         });
         w.member.wait();

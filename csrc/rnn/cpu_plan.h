@@ -43,7 +43,10 @@ constexpr CpuPlan cpu_plan(const Inputs& in, int64_t operand, int64_t threads) {
   threads = at_least(1, at_most(threads, tokens * heads * weights / kWorkOfThread));
   // The fewest tiles of a head that give every thread as many as the others.
   const int64_t at_once = at_most(threads / greatest_divisor(heads, threads), runs);
-  if (heads >= (at_once == 1 ? 1 : 4) * threads) return {rows_of_tile(runs), 1, 1};
+  if (heads >= (at_once == 1 ? 1 : 4) * threads) {
+    // Together a token is read as it lies, with all its heads.
+    return {rows_of_tile(runs), 1, heads > 1 && heads * bytes <= kCachedBytes * threads ? threads : 1};
+  }
   const int64_t rows = ceil_div(runs, at_once), team = at_most(threads, heads * bytes / kMemberBytes);
   const bool apart = heads * at_once >= threads && bytes <= kCachedBytes && (rows >= kFewRows || bytes <= kFewBytes);
   if (apart || team <= 1) return {rows_of_tile(rows), at_once, 1};
