@@ -28,7 +28,7 @@ KERNELS = {
     },
     "linear_attention": {"fwd.cu": 11, "bwd.cu": 12, "bwd_reduce.cu": 2, "step.cu": 4},
     "linear_scan": {"fwd.cu": 10, "bwd.cu": 8, "bwd_reduce.cu": 4, "step.cu": 4},
-    "rnn": {"fwd_fused.cu": 18, "bwd_fused.cu": 18, "stepwise.cu": 23, "product.cu": 12, "step.cu": 10},
+    "rnn": {"fwd.cu": 18, "bwd.cu": 18, "stepwise.cu": 23, "product.cu": 12, "step.cu": 10},
     "selective_scan": {"fwd.cu": 12, "bwd.cu": 7, "bwd_carry.cu": 4, "bwd_reduce.cu": 4, "step.cu": 4},
     "softmax_scan": {"fwd.cu": 7, "bwd.cu": 4, "bwd_reduce.cu": 4, "step.cu": 2},
 }
