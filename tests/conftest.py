@@ -38,6 +38,16 @@ def _processor_seconds():
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def _operators_in(name):
+    """The name of one operator may be a part of another's."""
+    found = []
+    for operator in sorted(map(str, OPERATORS), key=len, reverse=True):
+        if operator in name:
+            found.append(operator)
+            name = name.replace(operator, "")
+    return found
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     if item.name.startswith(BUILDS):
@@ -46,7 +56,7 @@ def pytest_runtest_call(item):
     try:
         return (yield)
     finally:
-        _spent.update({str(op): _processor_seconds() - before for op in OPERATORS if str(op) in item.nodeid})
+        _spent.update(dict.fromkeys(_operators_in(item.nodeid), _processor_seconds() - before))
 
 
 @pytest.hookimpl(optionalhook=True)
