@@ -30,6 +30,9 @@ bool spin(Clock::duration time, const Done& done) {
   return false;
 }
 
+// Who changes a word that others wait for does so by a sequentially consistent store: before notify_all() looks whether
+// anybody sleeps, the store must have arrived, or who falls asleep meanwhile sleeps for ever.
+
 // Waits while `word` is `old`: at first busily, for those who come soon, and then asleep, which leaves the processor to
 // who keeps the others from coming.
 void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
@@ -49,7 +52,7 @@ class Team {
     while (!count_.compare_exchange_weak(count, count + 1, std::memory_order_acq_rel));
     if (count == 0) {
       spin(kGather, [&] { return count_.load(std::memory_order_relaxed) == expected; });
-      size_.store(count_.fetch_or(kClosed, std::memory_order_acq_rel), std::memory_order_release);
+      size_.store(count_.fetch_or(kClosed, std::memory_order_acq_rel));
       size_.notify_all();
     } else {
       wait_while(size_, 0);
@@ -62,7 +65,7 @@ class Team {
     const uint32_t round = round_.load(std::memory_order_relaxed);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_.load(std::memory_order_relaxed)) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
+      round_.store(round + 1);
       round_.notify_all();
     } else {
       wait_while(round_, round);

@@ -24,7 +24,8 @@ constexpr int64_t kMostRows = 64;           // their operands stay in the second
 constexpr int64_t kCachedBytes = 3 << 19;   // weights that do as well
 constexpr int64_t kFewRows = 4;             // that weights are read for as fast as they are multiplied
 constexpr int64_t kFewBytes = 1 << 16;      // weights that are read as fast as a team meets
-constexpr int64_t kMemberBytes = 3 << 14;   // weights worth another member of a team
+constexpr int64_t kMemberBytes = 1 << 17;   // weights worth another member of a team
+constexpr int64_t kWorkOfMember = 1 << 18;  // multiplications of a token worth another member
 constexpr int64_t kWorkOfThread = 1 << 19;  // multiplications worth another thread
 
 constexpr int64_t greatest_divisor(int64_t a, int64_t b) {
@@ -45,7 +46,8 @@ constexpr CpuPlan cpu_plan(const Inputs& in, int64_t operand, int64_t threads) {
   const int64_t at_once = at_most(threads / greatest_divisor(heads, threads), runs);
   if (heads >= (at_once == 1 ? 1 : 4) * threads) {
     // Together a token is read as it lies, with all its heads.
-    return {rows_of_tile(runs), 1, heads > 1 && heads * bytes <= kCachedBytes * threads ? threads : 1};
+    const bool worth = heads > 1 && rows_of_tile(runs) * heads * weights >= kWorkOfMember * threads;
+    return {rows_of_tile(runs), 1, worth && heads * bytes <= kCachedBytes * threads ? threads : 1};
   }
   const int64_t rows = ceil_div(runs, at_once), team = at_most(threads, heads * bytes / kMemberBytes);
   const bool apart = heads * at_once >= threads && bytes <= kCachedBytes && (rows >= kFewRows || bytes <= kFewBytes);

@@ -15,8 +15,8 @@ FORWARD_ALLOWED = {"aten::new_empty", "aten::empty", "aten::empty_strided", "ate
 FORWARD_ALLOWED |= {"aten::squeeze", "aten::unsqueeze", "aten::to"}
 BACKWARD_ALLOWED = FORWARD_ALLOWED | {"aten::new_zeros", "aten::zero_"}
 # What a product of matrices calls, and a sum.
-PRODUCTS = {"matmul", "bmm", "sum", "fill_", "copy_", "clone", "contiguous", "empty_like", "resolve_conj"}
-PRODUCTS |= {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "narrow", "slice"}
+PRODUCTS = {"matmul", "bmm", "mm", "sum", "fill_", "copy_", "clone", "contiguous", "empty_like", "resolve_conj"}
+PRODUCTS |= {"view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "narrow", "slice", "select"}
 PRODUCTS = {f"aten::{name}" for name in PRODUCTS}
 
 

@@ -141,7 +141,7 @@ def _rnn_workspace_bytes(inputs: Inputs) -> int:
     operands = B * L * H * (2 * Q + P if "proj" in inputs.tensors else Q)
     numbers = operands + H * G * P * Q
     if inputs.dtype.itemsize == 2:
-        numbers += inputs.tensors["x"].numel() + operands + 2**14
+        numbers += 2 * inputs.tensors["x"].numel() + operands + H * G * P * Q + 2**14
     return numbers * inputs.dtype.itemsize
 
 
