@@ -25,7 +25,7 @@ constexpr int64_t kCachedBytes = 3 << 19;   // weights that do as well
 constexpr int64_t kFewRows = 4;             // that weights are read for as fast as they are multiplied
 constexpr int64_t kFewBytes = 1 << 16;      // weights that are read as fast as a team meets
 constexpr int64_t kMemberBytes = 1 << 17;   // weights worth another member of a team
-constexpr int64_t kWorkOfMember = 1 << 18;  // multiplications of a token worth another member
+constexpr int64_t kWorkOfMember = 1 << 19;  // multiplications of a token worth another member
 constexpr int64_t kWorkOfThread = 1 << 19;  // multiplications worth another thread
 
 constexpr int64_t greatest_divisor(int64_t a, int64_t b) {
