@@ -1,5 +1,9 @@
 #include "common/team.h"
 
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 
@@ -30,15 +34,35 @@ bool spin(Clock::duration time, const Done& done) {
   return false;
 }
 
-// Who changes a word that others wait for does so by a sequentially consistent store: before notify_all() looks whether
-// anybody sleeps, the store must have arrived, or who falls asleep meanwhile sleeps for ever.
+// A word that one member changes and others wait for. Not std::atomic's wait(), which yields before it sleeps: on a
+// busy machine that gives a whole time slice away.
+class Signal {
+ public:
+  uint32_t value() const { return word_.load(std::memory_order_acquire); }
 
-// Waits while `word` is `old`: at first busily, for those who come soon, and then asleep, which leaves the processor to
-// who keeps the others from coming.
-void wait_while(const std::atomic<uint32_t>& word, uint32_t old) {
-  const auto changed = [&] { return word.load(std::memory_order_acquire) != old; };
-  if (!spin(kSpin, changed)) word.wait(old, std::memory_order_acquire);
-}
+  // The store comes before the look at the sleepers, as their count comes before the kernel's look at the word: one of
+  // both sees the other.
+  void set(uint32_t value) {
+    word_.store(value);
+    if (sleepers_.load() > 0) futex(FUTEX_WAKE_PRIVATE, INT32_MAX);
+  }
+  // Returns when the value is not `old`: waits busily at first, for those who come soon, and then asleep, which leaves
+  // the processor to who keeps the others from coming.
+  void wait_while(uint32_t old) {
+    if (spin(kSpin, [&] { return value() != old; })) return;
+    sleepers_.fetch_add(1);
+    while (value() == old) futex(FUTEX_WAIT_PRIVATE, old);
+    sleepers_.fetch_sub(1);
+  }
+
+ private:
+  void futex(int operation, uint32_t argument) {
+    static_assert(sizeof word_ == sizeof(uint32_t));
+    syscall(SYS_futex, &word_, operation, argument, nullptr, nullptr, 0);
+  }
+
+  std::atomic<uint32_t> word_{0}, sleepers_{0};
+};
 
 }  // namespace
 
@@ -52,23 +76,21 @@ class Team {
     while (!count_.compare_exchange_weak(count, count + 1, std::memory_order_acq_rel));
     if (count == 0) {
       spin(kGather, [&] { return count_.load(std::memory_order_relaxed) == expected; });
-      size_.store(count_.fetch_or(kClosed, std::memory_order_acq_rel));
-      size_.notify_all();
+      size_.set(count_.fetch_or(kClosed, std::memory_order_acq_rel));
     } else {
-      wait_while(size_, 0);
+      size_.wait_while(0);
     }
-    member = {count, size_.load(std::memory_order_acquire), this};
+    member = {count, size_.value(), this};
     return true;
   }
 
   void wait() {
-    const uint32_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_.load(std::memory_order_relaxed)) {
+    const uint32_t round = round_.value();
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_.value()) {
       arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1);
-      round_.notify_all();
+      round_.set(round + 1);
     } else {
-      wait_while(round_, round);
+      round_.wait_while(round);
     }
   }
 
@@ -77,9 +99,9 @@ class Team {
   static constexpr int kLine = 64;  // bytes that processors hand to each other at a time
 
   std::atomic<uint32_t> count_{0};                   // of members, and kClosed
-  std::atomic<uint32_t> size_{0};                    // of the team, when closed
+  Signal size_;                                      // of the team, when closed
   alignas(kLine) std::atomic<uint32_t> arrived_{0};  // of this round
-  alignas(kLine) std::atomic<uint32_t> round_{0};
+  alignas(kLine) Signal round_;
 };
 
 void Member::wait() const noexcept {
